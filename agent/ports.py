@@ -19,7 +19,7 @@ from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (
 from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
-from agent.core.instance_record import InstanceRecord
+from agent.core.instance_record import InstanceRecord, UnreadableRecord
 from agent.core.snapshots import InstanceReading
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, InstanceState, Xid
 
@@ -47,12 +47,14 @@ class Clock(Protocol):
 class StartSpec:
     """What a runtime starts. `environment`: the agent's variables (`gpu.mounts`, FC_*), which override the function's.
     `gpu_uuids`: the GPUs visible inside. `all_gpus`: every GPU of the host is visible, and only CUDA_VISIBLE_DEVICES
-    names `gpu_uuids`, because the driver restores on other GPUs only processes that can see them all."""
+    names `gpu_uuids`, because the driver restores on other GPUs only processes that can see them all. `gpu_numbers`:
+    their numbers in CUDA for a program that sees every GPU (`core.instance_variables.cuda_numbers`); () = unknown."""
 
     instance: InstanceSpec
     environment: Mapping[str, str]
     gpu_uuids: tuple[str, ...]
     all_gpus: bool = False
+    gpu_numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,9 @@ class Runtime(Protocol):
     async def pids(self, handle: Handle) -> Sequence[int]:
         """Host pids inside the container now."""
 
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        """Addresses that its processes listen on, such as `0.0.0.0:9000`; a few at most, and none if unknown."""
+
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         """The last bytes of its combined stdout and stderr, also after its end. Raises OSError if it can't be read."""
 
@@ -222,9 +227,10 @@ class Freezer(Protocol):
 
     async def checkpoint(self, handle: Handle) -> FreezeResult: ...
 
-    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str], gpu_uuids: Sequence[str] = ()) -> FreezeResult:
         """Verify free VRAM, thaw, restore, unlock, verify that it runs. `gpu_map`: old uuid -> new uuid of every GPU,
-        empty = the same. REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
+        empty = the same. `gpu_uuids`: the GPUs that it was granted, where alone it may run afterwards; empty = unknown.
+        REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
 
     def paused(self, handle: Handle) -> bool:
         """Whether another program has paused it (docker pause). Reads one file; makes no driver call."""
@@ -422,7 +428,11 @@ class InstanceStore(Protocol):
 
     async def put_instance(self, record: InstanceRecord) -> None: ...
 
-    async def load_instances(self) -> Sequence[InstanceRecord]: ...
+    async def load_instances(self) -> Sequence[InstanceRecord]:
+        """Those that can be read."""
+
+    async def unreadable_instances(self) -> Sequence[UnreadableRecord]:
+        """The others."""
 
     async def delete_instance(self, uid: str) -> None: ...
 

@@ -16,13 +16,17 @@ from agent.core.traffic import CLASSES, Durations, Traffic
 from agent.core.types import SECOND_NS
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.gateway.traffic import TrafficTable
 from agent.scheduler.usage.totals import KINDS, UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Instance
 
-_STATES = {number: name.removeprefix("STATE_") for name, number in Instance.State.items() if number}
+_NEVER_REPORTED = (Instance.STATE_UNSPECIFIED, Instance.STATE_UNKNOWN)
+_STATES = {
+    number: name.removeprefix("STATE_") for name, number in Instance.State.items() if number not in _NEVER_REPORTED
+}
 _LEAVING = (*ENDED, Instance.STATE_STOPPING)
 _Kind = TypeVar("_Kind", CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily)
 

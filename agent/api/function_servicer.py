@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from agent.api.paging import page
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import NotFoundError
+from agent.core.natural_order import natural_key
+from agent.core.provisioning.problem import NextTry, Problem
+from agent.core.provisioning.reconcile import MAX_ATTEMPTS
 from agent.core.types import IdleMode
+from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet
 from agent.scheduler.functions.autoscaler import Autoscaler
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import function_service_pb2_grpc
 from agent.v1.scheduler_service_pb2 import InstanceLoad
@@ -17,6 +24,12 @@ from agent.v1.types_pb2 import Instance
 from agent.wire.convert_function import function_to_proto
 from agent.wire.convert_time import time_to_proto
 
+_NEXT_TRIES = {
+    NextTry.UNDER_WAY: pb.StartFailure.NEXT_TRY_UNDER_WAY,
+    NextTry.SCHEDULED: pb.StartFailure.NEXT_TRY_SCHEDULED,
+    NextTry.WAITING: pb.StartFailure.NEXT_TRY_WAITING,
+    NextTry.GIVEN_UP: pb.StartFailure.NEXT_TRY_GIVEN_UP,
+}
 _AWAKE = (Instance.STATE_RUNNING, Instance.STATE_FREEZING)
 _COMING_OR_GOING = (Instance.STATE_STARTING, Instance.STATE_STOPPING, *ENDED)
 
@@ -25,9 +38,16 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
     """Delegates to the catalog; `wire.interceptors` turns errors into statuses."""
 
     def __init__(
-        self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, scaler: Autoscaler, gateway_url: str
+        self,
+        clock: Clock,
+        catalog: Catalog,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        scaler: Autoscaler,
+        gateway_url: str,
     ) -> None:
         """`gateway_url`: without a trailing slash."""
+        self._clock = clock
         self._catalog = catalog
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -116,6 +136,7 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
             current_error_reason="" if problem is None else problem.reason,
             always_allocate_gpu=never_sleeps,
             decided_by=deployed.decided_by,
+            last_failure=self._last_failure(problem),
             policies=[
                 pb.Provision.PolicyState(
                     name=one.name,
@@ -137,7 +158,8 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
         elif len(current) >= deployed.target:
             state = pb.Function.STATE_READY
         else:
-            state = pb.Function.STATE_PROVISIONING if problem is None else pb.Function.STATE_DEGRADED
+            short = self._catalog.shortage(name) is not None
+            state = pb.Function.STATE_DEGRADED if short else pb.Function.STATE_PROVISIONING
         return pb.Function(
             name=name,
             spec=function_to_proto(deployed.spec),
@@ -153,4 +175,32 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
             queued=self._dispatcher.queue_state(name).queued,
             awake=sum(load.state in _AWAKE for load in up),
             default_target=deployed.default_target,
+            last_failure=self._last_failure(problem),
+            running=_running(up),
         )
+
+    def _last_failure(self, problem: Problem | None) -> pb.StartFailure | None:
+        if problem is None or problem.last is None:
+            return None
+        last, failure = problem.last, problem.last.failure
+        shown = pb.StartFailure(
+            reason=failure.reason,
+            message=failure.message,
+            time=time_to_proto(failure.wall_ns),
+            node=failure.node,
+            uid=failure.uid,
+            attempt=last.attempt,
+            max_attempts=MAX_ATTEMPTS,
+            next_try=_NEXT_TRIES[last.next_try],
+        )
+        if last.next_try is NextTry.SCHEDULED:
+            wait_ns = last.next_ns - self._clock.monotonic_ns()
+            shown.next_try_time.CopyFrom(time_to_proto(self._clock.wall_ns() + max(0, wait_ns)))
+        return shown
+
+
+def _running(up: list[InstanceLoad]) -> list[pb.RunningRevision]:
+    """The instances by revision, the newest revision first."""
+    counts = Counter(load.revision for load in up)
+    newest = sorted(counts, key=natural_key, reverse=True)
+    return [pb.RunningRevision(revision=revision, current=counts[revision]) for revision in newest]

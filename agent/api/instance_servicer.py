@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import cast
 
 from agent.api.instance_exec import exec_instance
 from agent.api.instance_logs import InstanceLogs
@@ -12,7 +13,7 @@ from agent.api.paging import page, page_bounds
 from agent.core.errors import InstanceError, InvalidArgumentError, PreconditionError
 from agent.core.function_rules import check_function
 from agent.core.lifecycle.events import FreezeAsked, StopAsked
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, InstanceState, StopCause
 from agent.host.instance.actor import Actor
 from agent.host.instance.event_log import EventLog
 from agent.host.instance.waking import raise_if_failed, wake_up
@@ -23,15 +24,24 @@ from agent.host.node.pauses import paused_by_others
 from agent.ports import Clock
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, types_pb2
+from agent.wire.convert_enums import stop_cause_from_proto
 from agent.wire.convert_function import function_from_proto
 from agent.wire.convert_snapshot import instance_to_proto
 from agent.wire.convert_time import time_from_proto, time_to_proto
+from agent.wire.interceptors import CallContext, accept_stream
 from agent.wire.tokens import caller
 
 DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
 MAX_WAIT_S = 600.0
 DEFAULT_GRACE_NS = 30 * SECOND_NS
 MAX_GRACE_NS = 86_400 * SECOND_NS
+_STOPPED = {
+    StopCause.ASKED: "stopped through the API",
+    StopCause.REPLACED: "an instance of a newer revision took its place",
+    StopCause.SCALED_IN: "its function had more instances than its target",
+    StopCause.FUNCTION_DELETED: "its function was deleted",
+    StopCause.NODE_DRAINED: "its node is drained",
+}
 
 
 class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
@@ -128,7 +138,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         grace_ns = request.grace_ns or DEFAULT_GRACE_NS
         if not 0 < grace_ns <= MAX_GRACE_NS:
             raise InvalidArgumentError("GRACE_INVALID", "grace must be between 0 (the default) and a day")
-        actor.handle(StopAsked(grace_ns, request.force, "STOPPED_BY_USER", "stopped through the API"))
+        cause = stop_cause_from_proto(request.cause)
+        actor.handle(StopAsked(grace_ns, request.force, cause.value, _STOPPED[cause]))
         try:
             async with asyncio.timeout(MAX_WAIT_S):
                 await actor.ended.wait()
@@ -142,7 +153,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         """The end of the instance's standard output and error; with `follow` also further output until it has ended."""
         actor = self._node.get(request.uid)
         read = self._logs.follow if request.follow else self._logs.read
-        async with aclosing(read(actor, request.tail_bytes)) as chunks:
+        lines = request.tail_lines if request.HasField("tail_lines") else None
+        async with aclosing(read(actor, request.tail_bytes, lines)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -151,6 +163,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     ) -> AsyncIterator[pb.ExecInstanceResponse]:
         """Runs a command inside an awake instance, which stays awake until the command has ended."""
         self._require_ready()
+        await accept_stream(cast(CallContext, context))
         async with aclosing(exec_instance(self._execs, request_iterator, caller().name)) as answers:
             async for answer in answers:
                 yield answer

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from agent.api.paging import page
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
@@ -18,7 +19,7 @@ from agent.wire.addresses import peer_host
 from agent.wire.convert_enums import scheduling_from_proto, scheduling_to_proto
 from agent.wire.convert_load import instance_of_load
 from agent.wire.convert_time import time_to_proto
-from agent.wire.interceptors import CallContext
+from agent.wire.interceptors import CallContext, accept_stream
 from agent.wire.tokens import calling_node
 
 MAX_STREAMS = 4
@@ -54,6 +55,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._open[node] += 1
         stream = self._fleet.stream_opened(node, peer_host(context.peer()))
         try:
+            await accept_stream(context)
             await self._receive_all(node, stream, request_iterator, context)
         except TimeoutError:
             text = f"no message for {self._silence_s:g} s; open the load stream again"
@@ -94,7 +96,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         """Instances by node and age."""
         found = sorted(
             (
-                (node.name, load.create_time.seconds, load.create_time.nanos, load.uid, load)
+                (natural_key(node.name), load.create_time.seconds, load.create_time.nanos, load.uid, node, load)
                 for node, load in self._fleet.instances()
                 if request.function in ("", load.function) and request.node in ("", node.name)
             ),
@@ -102,11 +104,22 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         )
         shown, token = page(found, request.page_size, request.page_token)
         return pb.ListFleetInstancesResponse(
-            instances=[instance_of_load(entry[4], entry[0]) for entry in shown], next_page_token=token
+            instances=[_instance(node, load) for *_, node, load in shown], next_page_token=token
         )
 
     def _show(self, node: NodeRecord) -> types_pb2.Node:
         return node_of_record(node, self._fleet.scheduling(node.name))
+
+
+def _instance(node: NodeRecord, load: pb.InstanceLoad) -> types_pb2.Instance:
+    """The instance as last reported; UNKNOWN since that time if its node is lost."""
+    shown = instance_of_load(load, node.name)
+    if node.standing is NodeStanding.LOST and load.state not in ENDED:
+        before = types_pb2.Instance.State.Name(load.state).removeprefix("STATE_")
+        shown.state, shown.state_reason = types_pb2.Instance.STATE_UNKNOWN, "NODE_LOST"
+        shown.state_message = f"it was {before} when {node.name} was last heard"
+        shown.state_time.CopyFrom(time_to_proto(node.last_heard_wall_ns))
+    return shown
 
 
 def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node:
@@ -115,6 +128,8 @@ def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node
     state = _STATES[record.standing]
     if record.standing is NodeStanding.DRAINING and record.recovering:
         state = types_pb2.Node.STATE_RECOVERING
+    elif record.standing is NodeStanding.SUSPECT and not record.last_heard_wall_ns:
+        state = types_pb2.Node.STATE_EXPECTED
     node = types_pb2.Node(
         name=record.name,
         boot_id=registration.boot_id,

@@ -12,7 +12,10 @@ from html import escape
 
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.model import NodeStanding
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
+from agent.core.provisioning.problem import NextTry, Problem
+from agent.core.provisioning.reconcile import MAX_ATTEMPTS
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
@@ -38,6 +41,11 @@ _CSS = (
 _UNKNOWN = "–"
 _HEALTH = {number: name.removeprefix("HEALTH_") for name, number in Gpu.Health.items()}
 _LEAVING = (*ENDED, Instance.STATE_STOPPING)
+_NEXT = {
+    NextTry.UNDER_WAY: "next under way",
+    NextTry.WAITING: "next once there is room",
+    NextTry.GIVEN_UP: "given up until the next deploy",
+}
 
 Row = Sequence[object]
 
@@ -71,18 +79,39 @@ class StatusPage:
 
     def _functions(self) -> Iterator[Row]:
         states: dict[str, Counter[Instance.State.ValueType]] = {}
+        revisions: dict[str, set[str]] = {}
         for node, load in self._fleet.instances():
             if node.standing is not NodeStanding.LOST:
                 states.setdefault(load.function, Counter())[load.state] += 1
+                if load.state not in (Instance.STATE_STARTING, *_LEAVING):
+                    revisions.setdefault(load.function, set()).add(load.revision)
         for function in self._catalog.all():
             name, problem = function.spec.name, self._catalog.problem(function.spec.name)
             counts = states.get(name, Counter())
             queue = self._dispatcher.queue_state(name)
             current = sum(count for state, count in counts.items() if state not in _LEAVING)
             awake, frozen = counts[Instance.STATE_RUNNING], counts[Instance.STATE_FROZEN]
-            reason = "DELETING" if function.deleting else "" if problem is None else problem.reason
+            trouble = "DELETING" if function.deleting else self._trouble(problem)
             numbers = (function.target, current, awake, frozen, queue.waking, queue.queued)
-            yield (name, function.spec.revision, *numbers, _Alert(reason))
+            running = ", ".join(sorted(revisions.get(name, ()), key=natural_key, reverse=True))
+            yield (name, function.spec.revision, running or _UNKNOWN, *numbers, _Alert(trouble))
+
+    def _trouble(self, problem: Problem | None) -> str:
+        """What is in the way, the last failed start, and the next; without messages, which may quote a log."""
+        if problem is None:
+            return ""
+        last = problem.last
+        if last is None:
+            return problem.reason
+        failure = last.failure
+        ago_s = max(0, self._clock.wall_ns() - failure.wall_ns) / SECOND_NS
+        where = " ".join(filter(None, (failure.node, failure.uid)))
+        if last.next_try is NextTry.SCHEDULED:
+            following = f"next in {max(0, last.next_ns - self._clock.monotonic_ns()) / SECOND_NS:.0f} s"
+        else:
+            following = _NEXT[last.next_try]
+        failed = f"{failure.reason} {ago_s:.0f} s ago ({where}), attempt {last.attempt} of {MAX_ATTEMPTS}, {following}"
+        return failed if problem.reason == failure.reason else f"{problem.reason}; {failed}"
 
     def _node(self, node: NodeRecord) -> Row:
         registration, last_report = node.registration, "never"
@@ -92,9 +121,11 @@ class StatusPage:
         memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
         instances = sum(load.state not in ENDED for load in node.instances.values())
         scheduling = self._fleet.scheduling(node.name)
-        standing: object = node.standing.value
+        expected = node.standing is NodeStanding.SUSPECT and not node.last_heard_wall_ns
+        standing: object = "EXPECTED" if expected else node.standing.value
         if node.standing is not NodeStanding.READY or scheduling is not Scheduling.NORMAL:
-            standing = _Alert(f"{standing} {scheduling.value}".removesuffix(f" {Scheduling.NORMAL.value}"))
+            ordered = scheduling.shown(instances)
+            standing = _Alert(f"{standing} {ordered}".removesuffix(f" {Scheduling.NORMAL.value}"))
         held = f"{sum(bool(gpu.holder_uids) for gpu in gpus)} of {len(gpus)}"
         available = (
             f"{_size(memory.available_bytes)} of {_size(memory.total_bytes)}" if memory.total_bytes else _UNKNOWN
@@ -104,12 +135,13 @@ class StatusPage:
 
     def _instances(self) -> Iterator[Row]:
         for node, load in sorted(
-            self._fleet.instances(), key=lambda pair: (pair[1].function, pair[0].name, pair[1].uid)
+            self._fleet.instances(),
+            key=lambda pair: (natural_key(pair[1].function), natural_key(pair[0].name), pair[1].uid),
         ):
             yield _instance(node, load)
 
 
-_FUNCTION = ("Function", "Revision", "Target", "Current", "Awake", "Frozen", "Waking", "Queued", "Trouble")
+_FUNCTION = ("Function", "Revision", "Running", "Target", "Current", "Awake", "Frozen", "Waking", "Queued", "Trouble")
 _NODE = ("Node", "Standing", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
 _GPU = ("Node", "GPU", "Model", "Memory", "SM", "Temperature", "Held by", "Trouble")
 _INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "Wakes", "Active", "Idle")
@@ -134,7 +166,10 @@ def _gpus(node: NodeRecord) -> Iterator[Row]:
 def _instance(node: NodeRecord, load: InstanceLoad) -> Row:
     name = Instance.State.Name(load.state).removeprefix("STATE_")
     state: object = f"{name} {load.state_reason}".strip()
-    if load.state == Instance.STATE_FAILED or not load.healthy:
+    lost = node.standing is NodeStanding.LOST and load.state not in ENDED
+    if lost:
+        state = f"UNKNOWN NODE_LOST, was {name}"
+    if lost or load.state == Instance.STATE_FAILED or not load.healthy:
         state = _Alert(state)
     requests = f"{load.in_flight} of {load.concurrency}" + (f", {load.waiting} wait" if load.waiting else "")
     sizes = (_size(load.vram_bytes), _size(load.frozen_bytes))

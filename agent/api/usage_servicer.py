@@ -11,7 +11,7 @@ from agent.api.paging import MAX_TOKEN_DIGITS, page
 from agent.core.billing.price_book import Price, PriceBook
 from agent.core.billing.pricing import Quantities, exact_text, quantities, rounded
 from agent.core.billing.window import UsageWindow
-from agent.core.errors import DeadlineError, ExhaustedError, InvalidArgumentError
+from agent.core.errors import ConfigError, DeadlineError, ExhaustedError, InvalidArgumentError, PreconditionError
 from agent.scheduler.usage.collector import UsageCollector
 from agent.scheduler.usage.reconciliation import Reconciled
 from agent.scheduler.usage.reports import UsageFilter, UsageLine, UsageReports
@@ -41,7 +41,8 @@ _GROUPS = {
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
     """Delegates to collector and reports; `wire.interceptors` turns errors into statuses."""
 
-    def __init__(self, collector: UsageCollector, reports: UsageReports, book: PriceBook) -> None:
+    def __init__(self, collector: UsageCollector, reports: UsageReports, book: PriceBook | ConfigError) -> None:
+        """`book`: the prices, or why there are none: usage is collected then, and no cost is reported."""
         self._collector = collector
         self._reports = reports
         self._book = book
@@ -85,6 +86,9 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         )
         if request.include_windows and request.page_token.startswith(WINDOWS_FOLLOW):
             return await self._windows(only, request.page_token.removeprefix(WINDOWS_FOLLOW))
+        if isinstance(self._book, ConfigError):
+            text = f"{self._book.message}; then restart the scheduler. Usage is collected meanwhile"
+            raise PreconditionError("PRICE_BOOK_INVALID", text)
         report = await self._reports.report(self._book, only, groups)
         shown, token = page(report.lines, request.page_size, request.page_token)
         return pb.ListUsageResponse(

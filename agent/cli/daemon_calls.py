@@ -12,7 +12,7 @@ from grpc import aio
 from agent.cli.console.progress import progress
 from agent.cli.daemon_locator import Daemon, DaemonAddress, find_daemon
 from agent.cli.options import cli_options
-from agent.core.errors import HibernodeError, UnauthenticatedError, UnavailableError
+from agent.core.errors import ConfigError, HibernodeError, UnauthenticatedError, UnavailableError
 from agent.wire.clients import DaemonChannel
 
 SHORT_S = 15.0
@@ -86,6 +86,12 @@ def _with_advice(error: HibernodeError, daemon: Daemon, address: DaemonAddress) 
             f"or name another one with --home or --{daemon}"
         )
         return UnavailableError("UNREACHABLE", message, target=address.target)
+    if error.reason == "TARGET_INSECURE":
+        message = (
+            f"refusing to send the token unencrypted to {address.target}; use a tunnel (ssh -L), or --insecure if the "
+            "network itself is trusted"
+        )
+        return ConfigError("TARGET_INSECURE", message, target=address.target)
     if isinstance(error, UnauthenticatedError) and error.reason == "TOKEN_MISSING":
         message = f"the {daemon} at {address.target} requires a token; name its file with --token-file"
         return UnauthenticatedError("TOKEN_MISSING", message, target=address.target)

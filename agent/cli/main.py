@@ -8,6 +8,7 @@ import sys
 import click
 
 from agent import __version__
+from agent.cli.console.output import note
 from agent.cli.lazy_group import LazyCommand, LazyGroup
 from agent.cli.options import insecure_option, locator_options, output_option
 from agent.core.errors import HibernodeError
@@ -26,6 +27,7 @@ COMMANDS = {
         "agent.cli.commands.simulate:simulate", "Estimate the savings of idle mode from an access log.", _START
     ),
     "emulated": LazyCommand("agent.cli.commands.emulated:emulated", "Emulate GPUs on a machine without one.", _START),
+    "completion": LazyCommand("agent.cli.commands.completion:completion", "Print the completion of a shell.", _START),
     "node": LazyCommand("agent.cli.commands.node:node", "Show GPUs, memory and capabilities of the node.", _NODE),
     "ps": LazyCommand("agent.cli.commands.ps:ps", "List instances.", _NODE),
     "create": LazyCommand("agent.cli.commands.create:create", "Start one instance from an s.yaml.", _NODE),
@@ -56,7 +58,7 @@ default /var/lib/hibernode. --output json writes exact values for programs.
 Exit codes: 0 ok, 1 unexpected, 2 usage, 3 not found, 4 precondition or
 conflict, 5 unavailable or timed out, 6 memory corrupted
 (doctor --selftest), 130 interrupted.
-Completion: eval "$(_HIBERNODE_COMPLETE=bash_source hibernode)", or zsh_source, fish_source.
+Completion: eval "$(hibernode completion bash)"; also zsh, fish.
 """
 
 
@@ -117,7 +119,7 @@ def _hint(context: click.Context | None) -> str:
 
 
 def _print_error(text: str) -> None:
-    click.echo(f"hibernode: {text}", err=True)
+    note(f"hibernode: {text}")
 
 
 if __name__ == "__main__":

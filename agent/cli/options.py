@@ -28,7 +28,7 @@ class CliOptions:
     gateway: str
     token_file: str
     insecure: bool
-    output: Literal["table", "json", "csv"]
+    output: Literal["table", "json", "csv", "yaml"]
 
     @property
     def json(self) -> bool:
@@ -86,6 +86,13 @@ output_or_csv_option = _shared(
     "--output",
     type=click.Choice(["table", "json", "csv"]),
     help="table for people (default), json for programs, csv for spreadsheets.",
+)
+
+output_or_yaml_option = _shared(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json", "yaml"]),
+    help="table for people (default), json for programs, yaml as `s` prints it.",
 )
 
 json_option = _shared("--json", "output", flag_value="json", help="The same as --output json.")

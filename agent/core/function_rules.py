@@ -12,6 +12,7 @@ import re
 from typing import NoReturn
 
 from agent.core.errors import InvalidArgumentError
+from agent.core.sizes import size_text
 from agent.core.types import MIB, SECOND_NS, ContainerOptions, FunctionSpec, HealthCheck, Hooks, Volume
 
 HOST_IMAGE = "host"
@@ -37,6 +38,7 @@ MAX_NODE_LABELS = 32
 MAX_VOLUMES = 32
 MAX_PATH_BYTES = 4095
 MAX_LOGIN_BYTES = 16 * 1024
+"""Function Compute's variable for the port that an instance listens on."""
 SHM_VARIABLE = "FCGPU_RUNTIME_SHMSIZE"
 """Function Compute's variable for the size of /dev/shm, in bytes."""
 
@@ -102,7 +104,8 @@ def shm_bytes(spec: FunctionSpec) -> int:
 def bounded(field: str, value: int, low: int, high: int) -> None:
     """Raises InvalidArgumentError unless low <= value <= high."""
     if not low <= value <= high:
-        wrong(field, f"must be {low} to {high}, got {value}")
+        show = size_text if field.endswith("_bytes") else str
+        wrong(field, f"must be {show(low)} to {show(high)}, got {show(value)}")
 
 
 def wrong(field: str, problem: str) -> NoReturn:

@@ -27,3 +27,12 @@ class InstanceRecord:
     handle: Handle | None
     gpu_uuids: tuple[str, ...]
     create_wall_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableRecord:
+    """A record that this version can't read: damaged, or of a newer version. `gpu_uuids`: as far as it tells them."""
+
+    uid: str
+    gpu_uuids: tuple[str, ...]
+    problem: str

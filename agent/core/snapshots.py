@@ -6,7 +6,7 @@ Times are ns: `_wall_ns` since the epoch, the others durations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.core.types import FunctionSpec, Gpu, GpuSample, InstanceState
 
@@ -92,6 +92,7 @@ class NodeSnapshot:
     - `epoch`: changes with every start of the agent
     - `host_reserved_bytes`: reserved for images and not yet taken; existing images already lower `host_available_bytes`
     - `migrates`: a frozen instance may wake on other GPUs than those it was frozen on
+    - `gpu_types`: which model each GPU type means here (`gpu.types`)
     """
 
     name: str
@@ -115,3 +116,4 @@ class NodeSnapshot:
     start_wall_ns: int
     labels: Mapping[str, str]
     migrates: bool = False
+    gpu_types: Mapping[str, str] = field(default_factory=dict)

@@ -35,6 +35,16 @@ class InstanceState(Enum):
         return self in (InstanceState.STOPPED, InstanceState.FAILED)
 
 
+class StopCause(Enum):
+    """Why an instance is stopped, and then its state reason."""
+
+    ASKED = "STOPPED_BY_USER"
+    REPLACED = "REVISION_REPLACED"
+    SCALED_IN = "SCALED_IN"
+    FUNCTION_DELETED = "FUNCTION_DELETED"
+    NODE_DRAINED = "NODE_DRAINED"
+
+
 class IdleMode(Enum):
     """Whether a function's instances are frozen. On a node that can't: REQUIRE refuses, PREFER keeps them awake."""
 
@@ -78,14 +88,23 @@ class HealthCheck:
     success_threshold: int = 1
 
 
+class VisibleDevices(Enum):
+    """How CUDA_VISIBLE_DEVICES names an instance's GPUs: by numbers, which every program reads, or by UUIDs."""
+
+    INDEX = "INDEX"
+    UUID = "UUID"
+
+
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """The GPUs of an instance: `count` whole ones of `model` ("" = any). `memory_bytes`: FC's billed size."""
+    """The GPUs of an instance: `count` whole ones of `model` or `gpu_type` ("" = any) with `memory_bytes` each, the
+    size that is billed (0 = the whole GPU). core/gpu_fit.py says which GPUs suit it."""
 
     count: int = 1
     model: str = ""
     gpu_type: str = ""
     memory_bytes: int = 0
+    visible_devices: VisibleDevices = VisibleDevices.INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +207,7 @@ class ComputeMode(Enum):
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A device as NVML shows it. `index` is NVML's; everything else refers to it by `uuid`. `virtual`: a hypervisor's
-    vGPU."""
+    vGPU. `pci_address`: domain, bus, device; None if NVML does not tell."""
 
     uuid: str
     index: int
@@ -198,6 +217,7 @@ class Gpu:
     mig: bool = False
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     virtual: bool = False
+    pci_address: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,9 @@ class AgentDaemon:
         """GPU memory of each instance; empty while NVML does not answer."""
         return self.gpu_isolation.vram_bytes if self.gpu_monitor.samples() else {}
 
+    def _gpu_numbers(self, gpu_uuids: Sequence[str]) -> tuple[int, ...]:
+        return self.node.broker.cuda_numbers(gpu_uuids)
+
     def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
         return InstanceContext(
@@ -227,6 +230,7 @@ class AgentDaemon:
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
             gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.survey.gpus},
+            gpu_numbers=self._gpu_numbers,
             store_problem=lambda: self.store.health.message,
         )
 
@@ -249,6 +253,7 @@ class AgentDaemon:
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
             host_total_bytes=psutil.virtual_memory().total,
+            gpu_types=self._config.gpu.types,
         )
 
     def _link(self) -> SchedulerLink | None:
@@ -282,7 +287,9 @@ class AgentDaemon:
                 config.ingress.port,
                 limits,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "ingress.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 when_full=FULL,
             )
         self._stack.push_async_callback(self.http.close, 0.0)

@@ -13,6 +13,7 @@ from agent.adapters.engine.logs import EngineLogs
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.router import Runtimes
+from agent.daemons.process import OPEN_FILES_AT_START
 from agent.ports import Clock
 from agent.settings import AgentConfig
 
@@ -55,5 +56,6 @@ def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice |
         enabled=runtime.process.enabled,
         user=runtime.process.user,
         ports=(runtime.process.ports.first, runtime.process.ports.last),
+        open_files=OPEN_FILES_AT_START,
         log_cap_bytes=runtime.log_limit_bytes,
     )

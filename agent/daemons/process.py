@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +28,19 @@ _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 OPEN_FILES = 65536
 """LimitNOFILE of our units; a login shell's 1,024 is too few for `limits.connections`."""
+OPEN_FILES_AT_START = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+"""The soft limit before `daemon_main` raises it: instances get this one."""
 GC_THRESHOLD = 10_000
 """Allocations between two garbage collections. Python's 700 costs a tenth of a request, and requests leave no
 cycles."""
 OTHER_OPEN_FILES = 512
 """Descriptors for everything but client and upstream connections."""
+
+
+def _name_process(name: str) -> None:
+    """Name this process in `ps -e`, `top` and `pgrep`, which would show `python`; the kernel keeps 15 characters."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name, encoding="ascii")
 
 
 def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
@@ -44,6 +53,7 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     except HibernodeError as error:
         sys.exit(_print_error(error))
     log.configure(config.log_level, config.log_format)
+    _name_process(f"hibernode-{name}")
     _allow_open_files(config.limits.connections)
     faulthandler.enable()  # on the watchdog's SIGABRT the stacks of all threads go to the journal
     try:

@@ -18,8 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import agent.scheduler
 from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
@@ -33,7 +31,7 @@ from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
-from agent.core.billing.price_book import PriceBook, parse_price_book
+from agent.core.billing.price_book import PriceBook
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Wake
 from agent.core.errors import ConfigError, HibernodeError, UnavailableError
@@ -48,24 +46,29 @@ from agent.scheduler.database.leader_lock import LeaderLock
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
+from agent.scheduler.fleet.gpu_waits import GpuWaits
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
 from agent.scheduler.gateway.ingress_pools import IngressPools
 from agent.scheduler.gateway.routes import Router
 from agent.scheduler.gateway.wake_calls import WakeCalls
+from agent.scheduler.usage.absences import Absences
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
 from agent.scheduler.usage.totals import UsageTotals
 from agent.settings import SchedulerConfig
+from agent.settings.prices import read_price_book
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services
-from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
+from agent.wire.tokens import Principal, Role, TokenTable, node_tokens, usable_tokens
 
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
@@ -73,6 +76,7 @@ QUEUE_GRACE_S = 10.0
 """On shutdown, requests still queued after this time are answered 503; running ones have `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
+NOTE_ABSENCE_S = 1.0
 
 
 class SchedulerDaemon:
@@ -89,8 +93,8 @@ class SchedulerDaemon:
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
-        self.prices = _price_book(config)
-        self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
+        self.prices = self._price_book()
+        self.node_tokens = self._node_tokens()
 
     async def run(self) -> None:
         """Build, wait for leadership, load, bind; then serve until a signal."""
@@ -102,9 +106,32 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.last_targets.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
+
+    def _node_tokens(self) -> dict[str, str]:
+        """The tokens of the nodes that have a good one. A bad one keeps its node out, not the fleet down."""
+        found: dict[str, str] = {}
+        wrong: list[ConfigError] = []
+        for node in self._config.nodes:
+            try:
+                found[node.name] = read_token(Path(node.token_file))
+            except ConfigError as error:
+                wrong.append(error)
+        good, unusable = usable_tokens(found, self.token)
+        out = [node.name for node in self._config.nodes if node.name not in good]
+        for problem in (*wrong, *unusable):
+            self._log.error("node.token_unusable", reason=problem.reason, message=problem.message, nodes_out=out)
+        return good
+
+    def _price_book(self) -> PriceBook | ConfigError:
+        """The price book, or why there is none: usage is collected without one."""
+        try:
+            return _price_book(self._config)
+        except ConfigError as error:
+            self._log.error("usage.price_book_invalid", message=error.message)
+            return error
 
     # ---- build ------------------------------------------------------------------------------------------------
 
@@ -115,6 +142,7 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.store.close)
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
+        self.absences = Absences(self.usage)
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
@@ -128,13 +156,23 @@ class SchedulerDaemon:
             lost_ns=config.report.lost_ns,
             first_seen=self._first_seen,
             insecure=config.insecure,
+            note_absence=lambda name: self._spawn(self._note_absence(name)),
+            returned=lambda name, absence: self._spawn(self.absences.end(name, self.clock.wall_ns(), absence)),
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
         self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.channels.close)
         apply_event = self.dispatch_loop.apply
-        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.catalog = Catalog(
+            self.clock,
+            self.store,
+            apply_event,
+            self._catalog_changed,
+            _defaults(config),
+            GpuCheck(self.fleet),
+        )
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
@@ -143,6 +181,7 @@ class SchedulerDaemon:
             config.scaling.period_ns,
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
+            self.last_targets,
         )
         self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
@@ -165,6 +204,7 @@ class SchedulerDaemon:
             tokens.__getitem__,
             self.fleet.unreachable,
             self.request_ids,
+            GpuWaits(self.fleet, self.clock).why,
         )
 
     async def _lead(self) -> bool:
@@ -182,11 +222,14 @@ class SchedulerDaemon:
         """Load nodes, functions and policies. Known nodes have `report.lost` to reconnect."""
         await self.store.open()
         await self.usage.open()
+        away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
+        configured = {node.name for node in self._config.nodes}
         for name in await self.store.nodes():
-            if name in self.node_tokens:
-                self.fleet.expect(name)
+            if name in configured:
+                self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
         await self.catalog.load()
+        await self.last_targets.load()
         self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:
@@ -222,6 +265,15 @@ class SchedulerDaemon:
 
         self._spawn(remember())
 
+    async def _note_absence(self, name: str) -> None:
+        """Note durably that a node is given up, then replace its instances. A database that fails delays that only by
+        `NOTE_ABSENCE_S`; it is tried again."""
+        noting = asyncio.get_running_loop().create_task(self.absences.begin(name, self.clock.wall_ns()))
+        self._background.add(noting)
+        noting.add_done_callback(self._background.discard)
+        await asyncio.wait({noting}, timeout=NOTE_ABSENCE_S)
+        self.fleet.give_up(name)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
@@ -247,7 +299,9 @@ class SchedulerDaemon:
                 limits,
                 inherited=kept,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "gateway.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
@@ -260,7 +314,12 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
+                self.clock,
+                self.catalog,
+                self.fleet,
+                self.dispatcher,
+                self.autoscaler,
+                f"http://{self.gateway_address}",
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
@@ -324,7 +383,11 @@ class SchedulerDaemon:
         closing.cancel()
         silence.cancel()
         await self.grpc.stop(GRPC_GRACE_S)
-        await asyncio.gather(silence, *self._background, return_exceptions=True)
+        await asyncio.gather(silence, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=GRPC_GRACE_S)
+            for task in late:  # its database fails; what it would write follows from the next reports
+                task.cancel()
         self._log.info("scheduler.stopped", cut=cut)
 
 
@@ -342,14 +405,7 @@ def _defaults(config: SchedulerConfig) -> Defaults:
 def _price_book(config: SchedulerConfig) -> PriceBook:
     """The configured price book, or the one shipped with Hibernode. Raises ConfigError."""
     path = Path(config.price_book) if config.price_book else PRICE_BOOK
-    try:
-        text = path.read_text(encoding="utf-8")
-        return parse_price_book(yaml.safe_load(text), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        kind = type(error).__name__
-        raise ConfigError(
-            "PRICE_BOOK_INVALID", f"cannot read the price book {path} ({kind}); fix price_book"
-        ) from error
+    return read_price_book(path)
 
 
 async def run(config: SchedulerConfig) -> None:

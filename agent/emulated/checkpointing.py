@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from agent.emulated.clock import now_ns
 from agent.emulated.devices import Device
-from agent.emulated.faults import FAILED, STALE, FaultPlan
+from agent.emulated.faults import FAILED, STALE, UNDER_WAY, FaultPlan
 from agent.emulated.latency import Latency
 from agent.emulated.oplog import FrozenCalls, OpLog
 from agent.emulated.pids import thread_of
@@ -276,8 +276,8 @@ class Checkpointing:
         self.advance(process)
 
     def _finish_state(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:
-        stale = operation.fault is not None and operation.fault.kind == STALE
-        answer.a = process.state_before if stale else process.state
+        kind = "" if operation.fault is None else operation.fault.kind
+        answer.a = process.state_before if kind == STALE else UNDER_WAY.get(kind, process.state)
         return CuResult.SUCCESS
 
     def _finish_thread(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:

@@ -87,7 +87,7 @@ def check_running(directory: Path) -> None:
 
 
 def _driver_down(directory: Path) -> UnavailableError:
-    message = f"No emulated driver answers in {directory}; start one with `hibernode emulated up --dir`."
+    message = f"No emulated driver answers in {directory}; start one with `hibernode emulated up --dir {directory}`."
     return UnavailableError("EMULATED_DRIVER_DOWN", message)
 
 

@@ -17,7 +17,6 @@ from agent.emulated.checkpointing import Checkpointing
 from agent.emulated.clock import now_ns
 from agent.emulated.connection import Connection
 from agent.emulated.devices import Device, make_devices
-from agent.emulated.latency import Latency
 from agent.emulated.management import Management
 from agent.emulated.oplog import OpLog
 from agent.emulated.options import Options
@@ -48,9 +47,7 @@ class Driver:
         self.activity = Activity()
         self.management = Management(self.devices, self.processes, self.activity)
         self.oplog = OpLog()
-        self.checkpointing = Checkpointing(
-            self.devices, self.profile, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
-        )
+        self.checkpointing = Checkpointing(self.devices, self.profile, self.oplog, options.latency)
         self._mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
         self._namespace = pids.namespace_of(os.getpid())
         self._by_token: dict[int, CudaProcess] = {}

@@ -47,18 +47,26 @@ def cdi_spec(directory: Path, gpu_uuids: Sequence[str]) -> dict[str, Any]:
         "cdiVersion": "0.5.0",
         "kind": "nvidia.com/gpu",
         "devices": [
-            # CDI rejects a device without edits.
-            {"name": name, "containerEdits": {"env": [f"{SOCKET_VARIABLE}={directory / DRIVER_SOCKET}"]}}
-            for name in (*gpu_uuids, "all")
+            {"name": name, "containerEdits": {"env": [attached(uuid) for uuid in uuids]}}
+            for name, uuids in (*((uuid, (uuid,)) for uuid in gpu_uuids), ("all", gpu_uuids))
         ],
         "containerEdits": {
-            "env": [f"LD_LIBRARY_PATH={directory / LIBRARIES}", "NVIDIA_VISIBLE_DEVICES=void"],
+            "env": [
+                f"{SOCKET_VARIABLE}={directory / DRIVER_SOCKET}",
+                f"LD_LIBRARY_PATH={directory / LIBRARIES}",
+                "NVIDIA_VISIBLE_DEVICES=void",
+            ],
             "mounts": [
                 {"hostPath": str(path), "containerPath": str(path), "options": options}
                 for path in _visible_paths(directory)
             ],
         },
     }
+
+
+def attached(gpu_uuid: str) -> str:
+    """The variable by which a container has a GPU; one without any such variable has all (`src/process.c`)."""
+    return f"HIBERNODE_EMULATED_GPU_{gpu_uuid.removeprefix('GPU-').replace('-', '').lower()}=1"
 
 
 def _visible_paths(directory: Path) -> tuple[Path, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.core.errors import InvalidArgumentError, PreconditionError
-from agent.emulated.protocol import CuResult, MessageOp
+from agent.emulated.protocol import CuResult, MessageOp, State
 
 MAX_FAULTS = 64
 MAX_DELAY_MS = 3_600_000
@@ -43,7 +43,10 @@ HANG: Final = "HANG"
 STALE: Final = "STALE"
 FAILED: Final = "FAILED"
 SLOW: Final = "SLOW"
-KINDS: Final = (*RESULTS, DEATH, HANG, STALE, FAILED, SLOW)
+UNDER_WAY: Final = {"CHECKPOINTING": State.CHECKPOINTING, "RESTORING": State.RESTORING}
+"""Answers to `state`, named as in cuda.h."""
+
+KINDS: Final = (*RESULTS, DEATH, HANG, STALE, FAILED, SLOW, *UNDER_WAY)
 _KINDS_WITH_AFTER: Final = frozenset({*RESULTS, DEATH, HANG})
 
 
@@ -57,6 +60,7 @@ class Fault:
     - HANG: no answer until the plan is cleared; without `after`, the operation is only done then.
     - STALE: success, but nothing is done; for `state` the state before the last change.
     - FAILED: OPERATING_SYSTEM, and the process is FAILED for good.
+    - CHECKPOINTING, RESTORING: of `state` only, which answers so.
     - SLOW: takes `delay_ms` longer, which any other kind may too.
     device: index, None = any. times: number of hits, 0 = unlimited. skip: matching calls to let pass first."""
 
@@ -113,6 +117,8 @@ def check(fault: Fault) -> None:
         raise _invalid(f"There is no kind of fault {fault.kind!r}; choose one of {', '.join(KINDS)}.")
     if fault.after and fault.kind not in _KINDS_WITH_AFTER:
         raise _invalid(f"after goes with {', '.join(sorted(_KINDS_WITH_AFTER))}, but not with {fault.kind}.")
+    if fault.kind in UNDER_WAY and fault.operation is not MessageOp.GET_STATE:
+        raise _invalid(f"{fault.kind} is an answer to state only.")
     if fault.kind == SLOW and not fault.delay_ms:
         raise _invalid("SLOW needs delay_ms, the extra milliseconds of the operation.")
     bounds = {

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.core.errors import InvalidArgumentError
+from agent.core.gpus.speeds import CARDS
+from agent.emulated.latency import Latency
 from agent.emulated.protocol import MAX_DEVICES, ComputeMode
 
 GIB = 1 << 30
@@ -42,8 +44,9 @@ def parse_compute_mode(text: str) -> ComputeMode:
 class Options:
     """`directory` holds the sockets, the libraries and the identity of the GPUs; it may be bind-mounted.
 
-    bandwidth_bytes_s: of a restore, 0 = the speed of memory; a checkpoint takes 1.5 times as long.
-    fixed_us: added to every lock, checkpoint, restore and unlock. mig: MIG mode, if the model has it."""
+    bandwidth_bytes_s: of a restore, 0 = the speed of memory; a checkpoint takes 2.5 times as long. card: a name in
+    core.gpus.speeds.CARDS, whose speeds it has instead; "" = none. fixed_us: added to every lock, checkpoint,
+    restore and unlock. mig: MIG mode, if the model has it."""
 
     directory: Path
     gpus: int = 2
@@ -55,6 +58,7 @@ class Options:
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     bandwidth_bytes_s: int = 0
     fixed_us: int = 0
+    card: str = ""
     cache_directory: Path | None = None
 
     def __post_init__(self) -> None:
@@ -64,3 +68,12 @@ class Options:
             raise InvalidArgumentError("EMULATED_OPTION_INVALID", "A GPU's memory must be 2 MiB to 1 TiB.")
         if self.bandwidth_bytes_s < 0 or self.fixed_us < 0:
             raise InvalidArgumentError("EMULATED_OPTION_INVALID", "Bandwidth and fixed time can't be negative.")
+        if self.card and (self.card not in CARDS or self.bandwidth_bytes_s):
+            raise InvalidArgumentError(
+                "EMULATED_OPTION_INVALID",
+                f"There are speeds of the cards {', '.join(CARDS)}; with a card there is no bandwidth to be set.",
+            )
+
+    @property
+    def latency(self) -> Latency:
+        return Latency(self.fixed_us, self.bandwidth_bytes_s, CARDS.get(self.card))

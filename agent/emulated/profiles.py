@@ -95,8 +95,12 @@ TABLE = {
             _AFTER_580, name="595", version="595", cuda=13020, note="adds arm64; its CUDA version is inferred",
         ),
         replace(
-            _AFTER_580, name="610", version="610", cuda=13030,
-            note="adds IPC within a job; its CUDA version is inferred",
+            _AFTER_580, name="610", version="610.57.04", cuda=13030,
+            note="adds IPC within a job (--launch-job); its CUDA version is inferred",
+        ),
+        replace(
+            _AFTER_580, name="615", version="615.71.09", cuda=13040,
+            note="adds custom storage and the states CHECKPOINTING and RESTORING",
         ),
     )
 }  # fmt: skip

@@ -76,12 +76,14 @@ def result_of(status: int) -> CuResult:
 
 
 class State(IntEnum):
-    """CUprocessState."""
+    """CUprocessState. No process is in the last two here: only planned faults answer them."""
 
     RUNNING = 0
     LOCKED = 1
     CHECKPOINTED = 2
     FAILED = 3
+    CHECKPOINTING = 4
+    RESTORING = 5
 
 
 class ComputeMode(IntEnum):

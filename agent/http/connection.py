@@ -27,6 +27,7 @@ from agent.http.exchange import Exchange, Handler
 from agent.http.head_parser import HEAD_END, check_partial, parse_request_head, serialise
 from agent.http.limits import Limits
 from agent.http.message import Header, RequestHead
+from agent.http.status_line import status_line
 
 # HEAD: idle, or within a head. BODY: within a body. BUSY: the request is complete, its answer is not.
 # DISCARD: input is thrown away (the body was bad, or the connection lingers before it closes).
@@ -43,7 +44,7 @@ class ConnectionHost(Protocol):
     limits: Limits
     handler: Handler
     request_ids: Callable[[], str]
-    on_fault: Callable[[BaseException], None]
+    on_fault: Callable[[BaseException, str], None]
     date_header: Callable[[], bytes]
     when_full: Sequence[Header]
     closing: bool
@@ -287,8 +288,9 @@ class ServerConnection(asyncio.Protocol):
         except HibernodeError as error:
             await exchange.fail(error, host.request_ids())
         except Exception as error:
-            host.on_fault(error)
-            await exchange.fail(error, host.request_ids())
+            request_id = host.request_ids()
+            host.on_fault(error, request_id)
+            await exchange.fail(error, request_id)
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -346,7 +348,7 @@ class ServerConnection(asyncio.Protocol):
     def _refuse(self, error: HibernodeError, retry_after_s: int | None = None, extra: Sequence[Header] = ()) -> None:
         """Answers a request that never became an exchange, and closes."""
         made = error_answer(error, self._host.request_ids(), retry_after_s=retry_after_s)
-        line = b"HTTP/1.1 %d Refused\r\n" % made.status
+        line = status_line(made.status)
         framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_header(), len(made.body))
         self.transport.write(serialise(line, [*made.headers, *extra], framing) + made.body)
         self._linger()

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 
 from agent.core import errors as core
+from agent.core.sizes import size_text
 from agent.http.message import Header
 
 _STATUS: tuple[tuple[type[core.HibernodeError], int], ...] = (
@@ -64,7 +65,7 @@ def malformed(what: str) -> HttpError:
 
 def too_large(what: str, limit_bytes: int) -> HttpError:
     """400: headers or target over their limit."""
-    message = f"{what} larger than the limit of {limit_bytes} bytes."
+    message = f"{what} larger than the limit of {size_text(limit_bytes)}."
     return HttpError(400, "InvalidArgument", "REQUEST_HEAD_TOO_LARGE", message)
 
 
@@ -75,7 +76,7 @@ def too_many_connections() -> core.UnavailableError:
 
 def body_too_large(limit_bytes: int) -> HttpError:
     """413: the body is over its limit."""
-    message = f"The body is larger than {limit_bytes} bytes."
+    message = f"The body is larger than the limit of {size_text(limit_bytes)}."
     return HttpError(413, "RequestEntityTooLarge", "REQUEST_BODY_TOO_LARGE", message)
 
 

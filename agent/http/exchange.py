@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from typing import Protocol
 
 from agent.core.errors import HibernodeError
 from agent.http.errors import ClientGoneError, error_answer
 from agent.http.head_parser import serialise
 from agent.http.message import Header, RequestHead
+from agent.http.status_line import status_line
 from agent.http.tcp_options import cork
 
-_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 _JOIN_BYTES = 16384  # up to here copying is cheaper than a gathering write
 _NOTHING, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)  # how an answer's body is framed
 
@@ -263,10 +262,7 @@ class Exchange:
             self._close = True
         if self._close:
             framing += b"connection: close\r\n"
-        if reason is None:
-            line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        else:
-            line = b"HTTP/1.1 %d %b\r\n" % (status, reason)
+        line = status_line(status) if reason is None else b"HTTP/1.1 %d %b\r\n" % (status, reason)
         self._out.append(serialise(line, headers, framing))
         self.head_sent = True
 

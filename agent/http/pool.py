@@ -7,6 +7,7 @@ import errno
 from dataclasses import dataclass
 
 from agent.core.errors import HibernodeError
+from agent.core.sizes import size_text
 from agent.http.deadlines import DeadlineTimer
 from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.head_parser import serialise
@@ -216,7 +217,7 @@ class _Call:
         if not self._whole:
             self.response_end()  # `release` then closes the connection, which is within a body
         else:
-            self.upstream_failed(f"sent a body of more than {self._max_body_bytes} bytes")
+            self.upstream_failed(f"sent a body of more than {size_text(self._max_body_bytes)}")
 
     def response_flush(self) -> None:
         pass

@@ -49,7 +49,7 @@ class Server:
         handler: Handler,
         limits: Limits,
         request_ids: Callable[[], str],
-        on_fault: Callable[[BaseException], None],
+        on_fault: Callable[[BaseException, str], None],
         date_header: Callable[[], bytes] = no_date,
         when_full: Sequence[Header] = (),
     ) -> None:
@@ -116,7 +116,7 @@ async def serve(
     limits: Limits,
     *,
     request_ids: Callable[[], str],
-    on_fault: Callable[[BaseException], None],
+    on_fault: Callable[[BaseException, str], None],
     date_header: Callable[[], bytes] = no_date,
     inherited: socket.socket | None = None,
     when_full: Sequence[Header] = (),
@@ -125,7 +125,7 @@ async def serve(
 
     - `handler`: gets one Exchange per request. A HibernodeError that it raises is answered by `errors.error_answer`.
     - `request_ids`: ids for the error answers that the engine itself gives.
-    - `on_fault`: logs any other exception of a handler; the client gets a 500.
+    - `on_fault`: logs any other exception of a handler with the request id of the 500 that the client gets.
     - `date_header`: a `DateHeader`, part of every answer.
     - `when_full`: headers of the 503 for connections beyond the limit.
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.adapters.kernel import cgroup, process_table
-from agent.adapters.kernel.cgroup_freezer import INSTANCE_VARIABLE, instance_mark
+from agent.adapters.kernel.cgroup_freezer import instance_mark
 from agent.core.errors import DeadlineError, InstanceError, UnavailableError
+from agent.core.instance_variables import INSTANCE_VARIABLE
 from agent.core.types import Handle, ProcessId
 
 TARGET_SCRIPT = Path(__file__).with_name("target.py")

@@ -1,7 +1,7 @@
 """The configuration: the declared types of agent.yaml and scheduler.yaml, with their defaults.
 
 systemd/agent.example.yaml and systemd/scheduler.example.yaml explain every key for users; a test compares them with the
-types. Field names carry the unit (`_ns`, `_bytes`), keys do not (agent/config.py). An empty path means a default place.
+types. Field names carry the unit (`_ns`, `_bytes`), keys do not (agent/config). An empty path means a default place.
 """
 
 from agent.settings.agent import (

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from agent.config import Duration, Section, Size, bad_key
+from agent.config import Duration, OrOff, Section, Size, bad_key
 from agent.core.function_rules import MAX_QUEUE_TIMEOUT_NS
 from agent.core.types import GIB, MIB, MILLISECOND_NS, SECOND_NS
 from agent.settings.common import (
@@ -84,7 +84,7 @@ _FORBIDDEN_CAPABILITIES = frozenset({"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_RAWI
 class EngineRuntimeSettings(Section, frozen=True):
     """Functions with an image run in containers of Docker (from 20.10) or Podman (from 4.3), through its socket."""
 
-    socket: str = "auto"
+    socket: OrOff = "auto"
     pull: Literal["missing", "always", "never"] = "missing"
     pull_timeout_ns: Duration = Duration(30 * 60 * SECOND_NS)
     operation_timeout_ns: Duration = Duration(60 * SECOND_NS)

@@ -10,6 +10,7 @@ from enum import Enum
 
 from agent.core.billing.price_book import Price
 from agent.core.billing.pricing import always_on_cost, cost, rounded
+from agent.core.gpus.speeds import CARDS, DEFAULT_CARD
 from agent.core.types import GIB, SECOND_NS
 
 
@@ -37,8 +38,8 @@ class SimulationPlan:
     concurrency: int = 1
     gpus: int = 0
     freeze_after_ns: int | None = 10 * SECOND_NS
-    wake_ns: int = SECOND_NS
-    freeze_ns: int = SECOND_NS // 2
+    wake_ns: int = CARDS[DEFAULT_CARD].wake_ns(16 * GIB)
+    freeze_ns: int = CARDS[DEFAULT_CARD].freeze_ns(16 * GIB)
     wake_factor: float = 0.0
     queue_length: int = 1000
     queue_timeout_ns: int = 60 * SECOND_NS

@@ -150,7 +150,7 @@ class Simulation:
         )
         slots: ConcurrencyLimiter[int] = ConcurrencyLimiter(plan.concurrency, 1 << 30)
         self._members[uid] = _Member(function, instance, slots, meter, deque())
-        self._tell_allocator(allocator_events.Assign(uid, 1, ""))
+        self._tell_allocator(allocator_events.Assign(uid, 1))
         self._step(uid, ev.Created())
 
     def _step(self, uid: str, event: ev.Event) -> None:

@@ -81,6 +81,121 @@ class HttpTrigger(_message.Message):
 Global___HttpTrigger: _TypeAlias = HttpTrigger  # noqa: Y015
 
 @_typing.final
+class StartFailure(_message.Message):
+    """The last start of an instance that failed. It is shown until an instance comes up in its place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _NextTry:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _NextTryEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[StartFailure._NextTry.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        NEXT_TRY_UNSPECIFIED: StartFailure._NextTry.ValueType  # 0
+        """Never sent."""
+        NEXT_TRY_UNDER_WAY: StartFailure._NextTry.ValueType  # 1
+        """Now."""
+        NEXT_TRY_SCHEDULED: StartFailure._NextTry.ValueType  # 2
+        """At next_try_time."""
+        NEXT_TRY_WAITING: StartFailure._NextTry.ValueType  # 3
+        """Once the cause in current_error_reason is gone."""
+        NEXT_TRY_GIVEN_UP: StartFailure._NextTry.ValueType  # 4
+        """Once the function is deployed again."""
+
+    class NextTry(_NextTry, metaclass=_NextTryEnumTypeWrapper):
+        """When a failed start is tried again."""
+
+    NEXT_TRY_UNSPECIFIED: StartFailure.NextTry.ValueType  # 0
+    """Never sent."""
+    NEXT_TRY_UNDER_WAY: StartFailure.NextTry.ValueType  # 1
+    """Now."""
+    NEXT_TRY_SCHEDULED: StartFailure.NextTry.ValueType  # 2
+    """At next_try_time."""
+    NEXT_TRY_WAITING: StartFailure.NextTry.ValueType  # 3
+    """Once the cause in current_error_reason is gone."""
+    NEXT_TRY_GIVEN_UP: StartFailure.NextTry.ValueType  # 4
+    """Once the function is deployed again."""
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NEXT_TRY_FIELD_NUMBER: _builtins.int
+    NEXT_TRY_TIME_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Stable UPPER_SNAKE reason, for example IMAGE_PULL_FAILED."""
+    message: _builtins.str
+    """Human-readable text about it."""
+    node: _builtins.str
+    """Node where it failed."""
+    uid: _builtins.str
+    """The instance that failed; empty if none was made."""
+    attempt: _builtins.int
+    """How many starts in its place have failed in a row."""
+    max_attempts: _builtins.int
+    """How many may fail in a row before the start is given up."""
+    next_try: Global___StartFailure.NextTry.ValueType
+    """When it is tried again."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it failed."""
+
+    @_builtins.property
+    def next_try_time(self) -> _timestamp_pb2.Timestamp:
+        """The time of NEXT_TRY_SCHEDULED."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        node: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        max_attempts: _builtins.int = ...,
+        next_try: Global___StartFailure.NextTry.ValueType = ...,
+        next_try_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_try_time", b"next_try_time", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "max_attempts", b"max_attempts", "message", b"message", "next_try", b"next_try", "next_try_time", b"next_try_time", "node", b"node", "reason", b"reason", "time", b"time", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartFailure: _TypeAlias = StartFailure  # noqa: Y015
+
+@_typing.final
+class RunningRevision(_message.Message):
+    """The existing instances of one revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision."""
+    current: _builtins.int
+    """Its instances, awake or frozen."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        current: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunningRevision: _TypeAlias = RunningRevision  # noqa: Y015
+
+@_typing.final
 class Function(_message.Message):
     """A deployed function."""
 
@@ -131,6 +246,8 @@ class Function(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     AWAKE_FIELD_NUMBER: _builtins.int
     DEFAULT_TARGET_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name."""
     target: _builtins.int
@@ -138,7 +255,7 @@ class Function(_message.Message):
     current: _builtins.int
     """Existing instances, awake or frozen. Output only."""
     current_error: _builtins.str
-    """Why current differs from target, as text; empty if it does not, or soon will not. Output only."""
+    """Why current differs from target, or what stored input can't be read, as text; else empty. Output only."""
     current_error_reason: _builtins.str
     """Stable UPPER_SNAKE reason of current_error, for example IMAGE_RUNTIME_UNAVAILABLE. Output only."""
     state: Global___Function.State.ValueType
@@ -167,6 +284,14 @@ class Function(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last deployed. Output only."""
 
+    @_builtins.property
+    def last_failure(self) -> Global___StartFailure:
+        """The last failed start; absent if there is none. Output only."""
+
+    @_builtins.property
+    def running(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningRevision]:
+        """The revisions that have instances, the newest first. Output only."""
+
     def __init__(
         self,
         *,
@@ -184,10 +309,12 @@ class Function(_message.Message):
         queued: _builtins.int = ...,
         awake: _builtins.int = ...,
         default_target: _builtins.int = ...,
+        last_failure: Global___StartFailure | None = ...,
+        running: _abc.Iterable[Global___RunningRevision] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_failure", b"last_failure", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "create_time", b"create_time", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "default_target", b"default_target", "name", b"name", "queued", b"queued", "spec", b"spec", "state", b"state", "target", b"target", "triggers", b"triggers", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "create_time", b"create_time", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "default_target", b"default_target", "last_failure", b"last_failure", "name", b"name", "queued", b"queued", "running", b"running", "spec", b"spec", "state", b"state", "target", b"target", "triggers", b"triggers", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,6 +743,7 @@ class Provision(_message.Message):
     ALWAYS_ALLOCATE_GPU_FIELD_NUMBER: _builtins.int
     DECIDED_BY_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """Function."""
     target: _builtins.int
@@ -623,7 +751,7 @@ class Provision(_message.Message):
     current: _builtins.int
     """Existing instances, awake or frozen. Output only."""
     current_error: _builtins.str
-    """Why current differs from target, as text; empty if it does not, or soon will not. Output only."""
+    """Why current differs from target, or what stored input can't be read, as text; else empty. Output only."""
     current_error_reason: _builtins.str
     """Stable UPPER_SNAKE reason of current_error. Output only."""
     always_allocate_gpu: _builtins.bool
@@ -638,6 +766,10 @@ class Provision(_message.Message):
     def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Provision.PolicyState]:
         """State of each policy, in their order. Output only."""
 
+    @_builtins.property
+    def last_failure(self) -> Global___StartFailure:
+        """The last failed start; absent if there is none. Output only."""
+
     def __init__(
         self,
         *,
@@ -650,10 +782,11 @@ class Provision(_message.Message):
         always_allocate_gpu: _builtins.bool = ...,
         decided_by: _builtins.str = ...,
         policies: _abc.Iterable[Global___Provision.PolicyState] | None = ...,
+        last_failure: Global___StartFailure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "last_failure", b"last_failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["always_allocate_gpu", b"always_allocate_gpu", "config", b"config", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "decided_by", b"decided_by", "function", b"function", "policies", b"policies", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["always_allocate_gpu", b"always_allocate_gpu", "config", b"config", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "decided_by", b"decided_by", "function", b"function", "last_failure", b"last_failure", "policies", b"policies", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

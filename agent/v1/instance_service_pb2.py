@@ -26,7 +26,7 @@ from agent.v1 import types_pb2 as agent_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61gent/v1/instance_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"_\n\x15\x43reateInstanceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\x0c\n\x04wait\x18\x03 \x01(\x08\">\n\x16\x43reateInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"!\n\x12GetInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\";\n\x13GetInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"f\n\x14ListInstancesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x15\n\rinclude_ended\x18\x04 \x01(\x08\"W\n\x15ListInstancesResponse\x12%\n\tinstances\x18\x01 \x03(\x0b\x32\x12.agent.v1.Instance\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x15\x46reezeInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\">\n\x16\x46reezeInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"G\n\x13WakeInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0f\n\x07hold_ns\x18\x02 \x01(\x03\x12\x12\n\ntimeout_ns\x18\x03 \x01(\x03\"P\n\x14WakeInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\x12\x12\n\nfree_slots\x18\x02 \x01(\x05\"C\n\x13StopInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x10\n\x08grace_ns\x18\x03 \x01(\x03\"<\n\x14StopInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"I\n\x16GetInstanceLogsRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x12\n\ntail_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\'\n\x17GetInstanceLogsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"{\n\x11ListEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinstance_uid\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"N\n\x12ListEventsResponse\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.agent.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xea\x02\n\x13\x45xecInstanceRequest\x12\x34\n\x05start\x18\x01 \x01(\x0b\x32#.agent.v1.ExecInstanceRequest.StartH\x00\x12\x0f\n\x05input\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0c\x65nd_of_input\x18\x03 \x01(\x08H\x00\x12<\n\x06resize\x18\x04 \x01(\x0b\x32*.agent.v1.ExecInstanceRequest.TerminalSizeH\x00\x1a\x7f\n\x05Start\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x02 \x03(\t\x12<\n\x08terminal\x18\x03 \x01(\x0b\x32*.agent.v1.ExecInstanceRequest.TerminalSize\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0c\n\x04wake\x18\x05 \x01(\x08\x1a-\n\x0cTerminalSize\x12\x0f\n\x07\x63olumns\x18\x01 \x01(\x05\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x42\x06\n\x04step\"]\n\x14\x45xecInstanceResponse\x12\x10\n\x06output\x18\x01 \x01(\x0cH\x00\x12\x16\n\x0c\x65rror_output\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x06\n\x04step2\xed\x05\n\x0fInstanceService\x12S\n\x0e\x43reateInstance\x12\x1f.agent.v1.CreateInstanceRequest\x1a .agent.v1.CreateInstanceResponse\x12J\n\x0bGetInstance\x12\x1c.agent.v1.GetInstanceRequest\x1a\x1d.agent.v1.GetInstanceResponse\x12P\n\rListInstances\x12\x1e.agent.v1.ListInstancesRequest\x1a\x1f.agent.v1.ListInstancesResponse\x12S\n\x0e\x46reezeInstance\x12\x1f.agent.v1.FreezeInstanceRequest\x1a .agent.v1.FreezeInstanceResponse\x12M\n\x0cWakeInstance\x12\x1d.agent.v1.WakeInstanceRequest\x1a\x1e.agent.v1.WakeInstanceResponse\x12M\n\x0cStopInstance\x12\x1d.agent.v1.StopInstanceRequest\x1a\x1e.agent.v1.StopInstanceResponse\x12X\n\x0fGetInstanceLogs\x12 .agent.v1.GetInstanceLogsRequest\x1a!.agent.v1.GetInstanceLogsResponse0\x01\x12Q\n\x0c\x45xecInstance\x12\x1d.agent.v1.ExecInstanceRequest\x1a\x1e.agent.v1.ExecInstanceResponse(\x01\x30\x01\x12G\n\nListEvents\x12\x1b.agent.v1.ListEventsRequest\x1a\x1c.agent.v1.ListEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61gent/v1/instance_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"_\n\x15\x43reateInstanceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\x0c\n\x04wait\x18\x03 \x01(\x08\">\n\x16\x43reateInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"!\n\x12GetInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\";\n\x13GetInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"f\n\x14ListInstancesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x15\n\rinclude_ended\x18\x04 \x01(\x08\"W\n\x15ListInstancesResponse\x12%\n\tinstances\x18\x01 \x03(\x0b\x32\x12.agent.v1.Instance\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x15\x46reezeInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\">\n\x16\x46reezeInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"G\n\x13WakeInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0f\n\x07hold_ns\x18\x02 \x01(\x03\x12\x12\n\ntimeout_ns\x18\x03 \x01(\x03\"P\n\x14WakeInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\x12\x12\n\nfree_slots\x18\x02 \x01(\x05\"\xf4\x01\n\x13StopInstanceRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x10\n\x08grace_ns\x18\x03 \x01(\x03\x12\x32\n\x05\x63\x61use\x18\x04 \x01(\x0e\x32#.agent.v1.StopInstanceRequest.Cause\"{\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41USE_REPLACED\x10\x01\x12\x13\n\x0f\x43\x41USE_SCALED_IN\x10\x02\x12\x1a\n\x16\x43\x41USE_FUNCTION_DELETED\x10\x03\x12\x16\n\x12\x43\x41USE_NODE_DRAINED\x10\x04\"<\n\x14StopInstanceResponse\x12$\n\x08instance\x18\x01 \x01(\x0b\x32\x12.agent.v1.Instance\"q\n\x16GetInstanceLogsRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x12\n\ntail_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x17\n\ntail_lines\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_tail_lines\"\'\n\x17GetInstanceLogsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"{\n\x11ListEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinstance_uid\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"N\n\x12ListEventsResponse\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.agent.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xea\x02\n\x13\x45xecInstanceRequest\x12\x34\n\x05start\x18\x01 \x01(\x0b\x32#.agent.v1.ExecInstanceRequest.StartH\x00\x12\x0f\n\x05input\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0c\x65nd_of_input\x18\x03 \x01(\x08H\x00\x12<\n\x06resize\x18\x04 \x01(\x0b\x32*.agent.v1.ExecInstanceRequest.TerminalSizeH\x00\x1a\x7f\n\x05Start\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x02 \x03(\t\x12<\n\x08terminal\x18\x03 \x01(\x0b\x32*.agent.v1.ExecInstanceRequest.TerminalSize\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0c\n\x04wake\x18\x05 \x01(\x08\x1a-\n\x0cTerminalSize\x12\x0f\n\x07\x63olumns\x18\x01 \x01(\x05\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x42\x06\n\x04step\"]\n\x14\x45xecInstanceResponse\x12\x10\n\x06output\x18\x01 \x01(\x0cH\x00\x12\x16\n\x0c\x65rror_output\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x06\n\x04step2\xed\x05\n\x0fInstanceService\x12S\n\x0e\x43reateInstance\x12\x1f.agent.v1.CreateInstanceRequest\x1a .agent.v1.CreateInstanceResponse\x12J\n\x0bGetInstance\x12\x1c.agent.v1.GetInstanceRequest\x1a\x1d.agent.v1.GetInstanceResponse\x12P\n\rListInstances\x12\x1e.agent.v1.ListInstancesRequest\x1a\x1f.agent.v1.ListInstancesResponse\x12S\n\x0e\x46reezeInstance\x12\x1f.agent.v1.FreezeInstanceRequest\x1a .agent.v1.FreezeInstanceResponse\x12M\n\x0cWakeInstance\x12\x1d.agent.v1.WakeInstanceRequest\x1a\x1e.agent.v1.WakeInstanceResponse\x12M\n\x0cStopInstance\x12\x1d.agent.v1.StopInstanceRequest\x1a\x1e.agent.v1.StopInstanceResponse\x12X\n\x0fGetInstanceLogs\x12 .agent.v1.GetInstanceLogsRequest\x1a!.agent.v1.GetInstanceLogsResponse0\x01\x12Q\n\x0c\x45xecInstance\x12\x1d.agent.v1.ExecInstanceRequest\x1a\x1e.agent.v1.ExecInstanceResponse(\x01\x30\x01\x12G\n\nListEvents\x12\x1b.agent.v1.ListEventsRequest\x1a\x1c.agent.v1.ListEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,26 +53,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WAKEINSTANCEREQUEST']._serialized_end=723
   _globals['_WAKEINSTANCERESPONSE']._serialized_start=725
   _globals['_WAKEINSTANCERESPONSE']._serialized_end=805
-  _globals['_STOPINSTANCEREQUEST']._serialized_start=807
-  _globals['_STOPINSTANCEREQUEST']._serialized_end=874
-  _globals['_STOPINSTANCERESPONSE']._serialized_start=876
-  _globals['_STOPINSTANCERESPONSE']._serialized_end=936
-  _globals['_GETINSTANCELOGSREQUEST']._serialized_start=938
-  _globals['_GETINSTANCELOGSREQUEST']._serialized_end=1011
-  _globals['_GETINSTANCELOGSRESPONSE']._serialized_start=1013
-  _globals['_GETINSTANCELOGSRESPONSE']._serialized_end=1052
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1054
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1177
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1179
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1257
-  _globals['_EXECINSTANCEREQUEST']._serialized_start=1260
-  _globals['_EXECINSTANCEREQUEST']._serialized_end=1622
-  _globals['_EXECINSTANCEREQUEST_START']._serialized_start=1440
-  _globals['_EXECINSTANCEREQUEST_START']._serialized_end=1567
-  _globals['_EXECINSTANCEREQUEST_TERMINALSIZE']._serialized_start=1569
-  _globals['_EXECINSTANCEREQUEST_TERMINALSIZE']._serialized_end=1614
-  _globals['_EXECINSTANCERESPONSE']._serialized_start=1624
-  _globals['_EXECINSTANCERESPONSE']._serialized_end=1717
-  _globals['_INSTANCESERVICE']._serialized_start=1720
-  _globals['_INSTANCESERVICE']._serialized_end=2469
+  _globals['_STOPINSTANCEREQUEST']._serialized_start=808
+  _globals['_STOPINSTANCEREQUEST']._serialized_end=1052
+  _globals['_STOPINSTANCEREQUEST_CAUSE']._serialized_start=929
+  _globals['_STOPINSTANCEREQUEST_CAUSE']._serialized_end=1052
+  _globals['_STOPINSTANCERESPONSE']._serialized_start=1054
+  _globals['_STOPINSTANCERESPONSE']._serialized_end=1114
+  _globals['_GETINSTANCELOGSREQUEST']._serialized_start=1116
+  _globals['_GETINSTANCELOGSREQUEST']._serialized_end=1229
+  _globals['_GETINSTANCELOGSRESPONSE']._serialized_start=1231
+  _globals['_GETINSTANCELOGSRESPONSE']._serialized_end=1270
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1272
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1395
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1397
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1475
+  _globals['_EXECINSTANCEREQUEST']._serialized_start=1478
+  _globals['_EXECINSTANCEREQUEST']._serialized_end=1840
+  _globals['_EXECINSTANCEREQUEST_START']._serialized_start=1658
+  _globals['_EXECINSTANCEREQUEST_START']._serialized_end=1785
+  _globals['_EXECINSTANCEREQUEST_TERMINALSIZE']._serialized_start=1787
+  _globals['_EXECINSTANCEREQUEST_TERMINALSIZE']._serialized_end=1832
+  _globals['_EXECINSTANCERESPONSE']._serialized_start=1842
+  _globals['_EXECINSTANCERESPONSE']._serialized_end=1935
+  _globals['_INSTANCESERVICE']._serialized_start=1938
+  _globals['_INSTANCESERVICE']._serialized_end=2687
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -296,25 +297,60 @@ class StopInstanceRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Cause:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[StopInstanceRequest._Cause.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CAUSE_UNSPECIFIED: StopInstanceRequest._Cause.ValueType  # 0
+        """Unspecified: a caller wants it, STOPPED_BY_USER."""
+        CAUSE_REPLACED: StopInstanceRequest._Cause.ValueType  # 1
+        """An instance of a newer revision takes its place."""
+        CAUSE_SCALED_IN: StopInstanceRequest._Cause.ValueType  # 2
+        """Its function has more instances than its target."""
+        CAUSE_FUNCTION_DELETED: StopInstanceRequest._Cause.ValueType  # 3
+        """Its function is deleted."""
+        CAUSE_NODE_DRAINED: StopInstanceRequest._Cause.ValueType  # 4
+        """Its node is drained."""
+
+    class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
+        """Why an instance is stopped."""
+
+    CAUSE_UNSPECIFIED: StopInstanceRequest.Cause.ValueType  # 0
+    """Unspecified: a caller wants it, STOPPED_BY_USER."""
+    CAUSE_REPLACED: StopInstanceRequest.Cause.ValueType  # 1
+    """An instance of a newer revision takes its place."""
+    CAUSE_SCALED_IN: StopInstanceRequest.Cause.ValueType  # 2
+    """Its function has more instances than its target."""
+    CAUSE_FUNCTION_DELETED: StopInstanceRequest.Cause.ValueType  # 3
+    """Its function is deleted."""
+    CAUSE_NODE_DRAINED: StopInstanceRequest.Cause.ValueType  # 4
+    """Its node is drained."""
+
     UID_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     GRACE_NS_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     """Instance to stop."""
     force: _builtins.bool
     """Kill at once: no drain, no `/pre-stop`. Requests in it fail with 502."""
     grace_ns: _builtins.int
     """Longest drain, and longest wait between SIGTERM and SIGKILL; 0 means the agent's default."""
+    cause: Global___StopInstanceRequest.Cause.ValueType
+    """Why the instance is stopped; it becomes its state_reason."""
     def __init__(
         self,
         *,
         uid: _builtins.str = ...,
         force: _builtins.bool = ...,
         grace_ns: _builtins.int = ...,
+        cause: Global___StopInstanceRequest.Cause.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "grace_ns", b"grace_ns", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "force", b"force", "grace_ns", b"grace_ns", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,24 +389,30 @@ class GetInstanceLogsRequest(_message.Message):
     UID_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    TAIL_LINES_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     """Instance."""
     tail_bytes: _builtins.int
     """Only this number of bytes at the end; 0 means everything that is kept."""
     follow: _builtins.bool
     """Continue with new output until the instance has ended."""
+    tail_lines: _builtins.int
+    """Only this number of lines at the end, as far as they lie within tail_bytes; absent means no such limit."""
     def __init__(
         self,
         *,
         uid: _builtins.str = ...,
         tail_bytes: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        tail_lines: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "tail_lines", b"tail_lines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "tail_bytes", b"tail_bytes", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "follow", b"follow", "tail_bytes", b"tail_bytes", "tail_lines", b"tail_lines", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tail_lines: _TypeAlias = _typing.Literal["tail_lines"]  # noqa: Y015
+    _WhichOneofArgType__tail_lines: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tail_lines) -> _WhichOneofReturnType__tail_lines | None: ...
 
 Global___GetInstanceLogsRequest: _TypeAlias = GetInstanceLogsRequest  # noqa: Y015
 

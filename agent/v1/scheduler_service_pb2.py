@@ -26,7 +26,7 @@ from agent.v1 import types_pb2 as agent_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n agent/v1/scheduler_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xde\x03\n\x0cRegistration\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x17\n\x0fingress_address\x18\x03 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x04 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x05 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x06 \x01(\t\x12\x1b\n\x04gpus\x18\x07 \x03(\x0b\x32\r.agent.v1.Gpu\x12*\n\x0c\x63\x61pabilities\x18\x08 \x03(\x0b\x32\x14.agent.v1.Capability\x12\x32\n\x06labels\x18\t \x03(\x0b\x32\".agent.v1.Registration.LabelsEntry\x12\x19\n\x11instances_per_gpu\x18\n \x01(\x05\x12\x10\n\x08runtimes\x18\x0b \x03(\t\x12)\n\x0bhost_memory\x18\x0c \x01(\x0b\x32\x14.agent.v1.HostMemory\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rgpu_migration\x18\x0e \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfe\x04\n\x0cInstanceLoad\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.agent.v1.Instance.State\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12\x15\n\rstate_message\x18\x07 \x01(\t\x12\x11\n\tin_flight\x18\x08 \x01(\x05\x12\x0f\n\x07waiting\x18\t \x01(\x05\x12\x13\n\x0b\x63oncurrency\x18\n \x01(\x05\x12\x18\n\x10wake_estimate_ns\x18\x0b \x01(\x03\x12\x13\n\x0bidle_for_ns\x18\x0c \x01(\x03\x12\x1a\n\x12\x66reeze_cancellable\x18\r \x01(\x08\x12\x0f\n\x07healthy\x18\x0e \x01(\x08\x12\x11\n\tgpu_uuids\x18\x0f \x03(\t\x12\x12\n\nvram_bytes\x18\x10 \x01(\x03\x12\x14\n\x0c\x66rozen_bytes\x18\x11 \x01(\x03\x12\x12\n\nwake_count\x18\x12 \x01(\x03\x12\x14\n\x0c\x66reeze_count\x18\x13 \x01(\x03\x12\x30\n\tlast_wake\x18\x14 \x01(\x0b\x32\x1d.agent.v1.Instance.WakeTiming\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x17 \x01(\x05\x12\x11\n\tactive_ns\x18\x18 \x01(\x03\x12\x0f\n\x07idle_ns\x18\x19 \x01(\x03\x12\x13\n\x0bunbilled_ns\x18\x1a \x01(\x03\"\xf0\x02\n\x08NodeLoad\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.agent.v1.Node.State\x12)\n\x0bhost_memory\x18\x02 \x01(\x0b\x32\x14.agent.v1.HostMemory\x12\x13\n\x0bgpu_waiting\x18\x03 \x01(\x05\x12\x1b\n\x04gpus\x18\x04 \x03(\x0b\x32\r.agent.v1.Gpu\x12\x34\n\tinstances\x18\x05 \x03(\x0b\x32!.agent.v1.NodeLoad.InstanceGauges\x1a\xab\x01\n\x0eInstanceGauges\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x13\n\x06\x63pu_ns\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nvram_bytes\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x10vram_limit_bytes\x18\x04 \x01(\x03\x12\x19\n\x0cmemory_bytes\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\t\n\x07_cpu_nsB\r\n\x0b_vram_bytesB\x0f\n\r_memory_bytes\"\xd7\x01\n\x11ReportLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12,\n\x0cregistration\x18\x03 \x01(\x0b\x32\x16.agent.v1.Registration\x12)\n\tinstances\x18\x04 \x03(\x0b\x32\x16.agent.v1.InstanceLoad\x12\x14\n\x0cremoved_uids\x18\x05 \x03(\t\x12\x10\n\x08snapshot\x18\x06 \x01(\x08\x12 \n\x04load\x18\x07 \x01(\x0b\x32\x12.agent.v1.NodeLoad\"Q\n\x12ReportLoadResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\x12\x0e\n\x06resync\x18\x02 \x01(\x08\x12\x0c\n\x04node\x18\x03 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"K\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.agent.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"W\n\x18SetNodeSchedulingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\nscheduling\x18\x02 \x01(\x0e\x32\x19.agent.v1.Node.Scheduling\"9\n\x19SetNodeSchedulingResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.agent.v1.Node\"b\n\x19ListFleetInstancesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\"\\\n\x1aListFleetInstancesResponse\x12%\n\tinstances\x18\x01 \x03(\x0b\x32\x12.agent.v1.Instance\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xe4\x02\n\x10SchedulerService\x12K\n\nReportLoad\x12\x1b.agent.v1.ReportLoadRequest\x1a\x1c.agent.v1.ReportLoadResponse(\x01\x30\x01\x12\x44\n\tListNodes\x12\x1a.agent.v1.ListNodesRequest\x1a\x1b.agent.v1.ListNodesResponse\x12\\\n\x11SetNodeScheduling\x12\".agent.v1.SetNodeSchedulingRequest\x1a#.agent.v1.SetNodeSchedulingResponse\x12_\n\x12ListFleetInstances\x12#.agent.v1.ListFleetInstancesRequest\x1a$.agent.v1.ListFleetInstancesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n agent/v1/scheduler_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x04\n\x0cRegistration\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x17\n\x0fingress_address\x18\x03 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x04 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x05 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x06 \x01(\t\x12\x1b\n\x04gpus\x18\x07 \x03(\x0b\x32\r.agent.v1.Gpu\x12*\n\x0c\x63\x61pabilities\x18\x08 \x03(\x0b\x32\x14.agent.v1.Capability\x12\x32\n\x06labels\x18\t \x03(\x0b\x32\".agent.v1.Registration.LabelsEntry\x12\x19\n\x11instances_per_gpu\x18\n \x01(\x05\x12\x10\n\x08runtimes\x18\x0b \x03(\t\x12)\n\x0bhost_memory\x18\x0c \x01(\x0b\x32\x14.agent.v1.HostMemory\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rgpu_migration\x18\x0e \x01(\x08\x12\x37\n\tgpu_types\x18\x0f \x03(\x0b\x32$.agent.v1.Registration.GpuTypesEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rGpuTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfe\x04\n\x0cInstanceLoad\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.agent.v1.Instance.State\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12\x15\n\rstate_message\x18\x07 \x01(\t\x12\x11\n\tin_flight\x18\x08 \x01(\x05\x12\x0f\n\x07waiting\x18\t \x01(\x05\x12\x13\n\x0b\x63oncurrency\x18\n \x01(\x05\x12\x18\n\x10wake_estimate_ns\x18\x0b \x01(\x03\x12\x13\n\x0bidle_for_ns\x18\x0c \x01(\x03\x12\x1a\n\x12\x66reeze_cancellable\x18\r \x01(\x08\x12\x0f\n\x07healthy\x18\x0e \x01(\x08\x12\x11\n\tgpu_uuids\x18\x0f \x03(\t\x12\x12\n\nvram_bytes\x18\x10 \x01(\x03\x12\x14\n\x0c\x66rozen_bytes\x18\x11 \x01(\x03\x12\x12\n\nwake_count\x18\x12 \x01(\x03\x12\x14\n\x0c\x66reeze_count\x18\x13 \x01(\x03\x12\x30\n\tlast_wake\x18\x14 \x01(\x0b\x32\x1d.agent.v1.Instance.WakeTiming\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x17 \x01(\x05\x12\x11\n\tactive_ns\x18\x18 \x01(\x03\x12\x0f\n\x07idle_ns\x18\x19 \x01(\x03\x12\x13\n\x0bunbilled_ns\x18\x1a \x01(\x03\"\xf0\x02\n\x08NodeLoad\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.agent.v1.Node.State\x12)\n\x0bhost_memory\x18\x02 \x01(\x0b\x32\x14.agent.v1.HostMemory\x12\x13\n\x0bgpu_waiting\x18\x03 \x01(\x05\x12\x1b\n\x04gpus\x18\x04 \x03(\x0b\x32\r.agent.v1.Gpu\x12\x34\n\tinstances\x18\x05 \x03(\x0b\x32!.agent.v1.NodeLoad.InstanceGauges\x1a\xab\x01\n\x0eInstanceGauges\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x13\n\x06\x63pu_ns\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nvram_bytes\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x10vram_limit_bytes\x18\x04 \x01(\x03\x12\x19\n\x0cmemory_bytes\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\t\n\x07_cpu_nsB\r\n\x0b_vram_bytesB\x0f\n\r_memory_bytes\"\xed\x01\n\x11ReportLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12,\n\x0cregistration\x18\x03 \x01(\x0b\x32\x16.agent.v1.Registration\x12)\n\tinstances\x18\x04 \x03(\x0b\x32\x16.agent.v1.InstanceLoad\x12\x14\n\x0cremoved_uids\x18\x05 \x03(\t\x12\x10\n\x08snapshot\x18\x06 \x01(\x08\x12 \n\x04load\x18\x07 \x01(\x0b\x32\x12.agent.v1.NodeLoad\x12\x14\n\x0cmonotonic_ns\x18\x08 \x01(\x03\"Q\n\x12ReportLoadResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\x12\x0e\n\x06resync\x18\x02 \x01(\x08\x12\x0c\n\x04node\x18\x03 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"K\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.agent.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"W\n\x18SetNodeSchedulingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\nscheduling\x18\x02 \x01(\x0e\x32\x19.agent.v1.Node.Scheduling\"9\n\x19SetNodeSchedulingResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.agent.v1.Node\"b\n\x19ListFleetInstancesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\"\\\n\x1aListFleetInstancesResponse\x12%\n\tinstances\x18\x01 \x03(\x0b\x32\x12.agent.v1.Instance\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xe4\x02\n\x10SchedulerService\x12K\n\nReportLoad\x12\x1b.agent.v1.ReportLoadRequest\x1a\x1c.agent.v1.ReportLoadResponse(\x01\x30\x01\x12\x44\n\tListNodes\x12\x1a.agent.v1.ListNodesRequest\x1a\x1b.agent.v1.ListNodesResponse\x12\\\n\x11SetNodeScheduling\x12\".agent.v1.SetNodeSchedulingRequest\x1a#.agent.v1.SetNodeSchedulingResponse\x12_\n\x12ListFleetInstances\x12#.agent.v1.ListFleetInstancesRequest\x1a$.agent.v1.ListFleetInstancesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REGISTRATION_LABELSENTRY']._loaded_options = None
   _globals['_REGISTRATION_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_REGISTRATION_GPUTYPESENTRY']._loaded_options = None
+  _globals['_REGISTRATION_GPUTYPESENTRY']._serialized_options = b'8\001'
   _globals['_REGISTRATION']._serialized_start=102
-  _globals['_REGISTRATION']._serialized_end=580
-  _globals['_REGISTRATION_LABELSENTRY']._serialized_start=535
-  _globals['_REGISTRATION_LABELSENTRY']._serialized_end=580
-  _globals['_INSTANCELOAD']._serialized_start=583
-  _globals['_INSTANCELOAD']._serialized_end=1221
-  _globals['_NODELOAD']._serialized_start=1224
-  _globals['_NODELOAD']._serialized_end=1592
-  _globals['_NODELOAD_INSTANCEGAUGES']._serialized_start=1421
-  _globals['_NODELOAD_INSTANCEGAUGES']._serialized_end=1592
-  _globals['_REPORTLOADREQUEST']._serialized_start=1595
-  _globals['_REPORTLOADREQUEST']._serialized_end=1810
-  _globals['_REPORTLOADRESPONSE']._serialized_start=1812
-  _globals['_REPORTLOADRESPONSE']._serialized_end=1893
-  _globals['_LISTNODESREQUEST']._serialized_start=1895
-  _globals['_LISTNODESREQUEST']._serialized_end=1952
-  _globals['_LISTNODESRESPONSE']._serialized_start=1954
-  _globals['_LISTNODESRESPONSE']._serialized_end=2029
-  _globals['_SETNODESCHEDULINGREQUEST']._serialized_start=2031
-  _globals['_SETNODESCHEDULINGREQUEST']._serialized_end=2118
-  _globals['_SETNODESCHEDULINGRESPONSE']._serialized_start=2120
-  _globals['_SETNODESCHEDULINGRESPONSE']._serialized_end=2177
-  _globals['_LISTFLEETINSTANCESREQUEST']._serialized_start=2179
-  _globals['_LISTFLEETINSTANCESREQUEST']._serialized_end=2277
-  _globals['_LISTFLEETINSTANCESRESPONSE']._serialized_start=2279
-  _globals['_LISTFLEETINSTANCESRESPONSE']._serialized_end=2371
-  _globals['_SCHEDULERSERVICE']._serialized_start=2374
-  _globals['_SCHEDULERSERVICE']._serialized_end=2730
+  _globals['_REGISTRATION']._serialized_end=686
+  _globals['_REGISTRATION_LABELSENTRY']._serialized_start=592
+  _globals['_REGISTRATION_LABELSENTRY']._serialized_end=637
+  _globals['_REGISTRATION_GPUTYPESENTRY']._serialized_start=639
+  _globals['_REGISTRATION_GPUTYPESENTRY']._serialized_end=686
+  _globals['_INSTANCELOAD']._serialized_start=689
+  _globals['_INSTANCELOAD']._serialized_end=1327
+  _globals['_NODELOAD']._serialized_start=1330
+  _globals['_NODELOAD']._serialized_end=1698
+  _globals['_NODELOAD_INSTANCEGAUGES']._serialized_start=1527
+  _globals['_NODELOAD_INSTANCEGAUGES']._serialized_end=1698
+  _globals['_REPORTLOADREQUEST']._serialized_start=1701
+  _globals['_REPORTLOADREQUEST']._serialized_end=1938
+  _globals['_REPORTLOADRESPONSE']._serialized_start=1940
+  _globals['_REPORTLOADRESPONSE']._serialized_end=2021
+  _globals['_LISTNODESREQUEST']._serialized_start=2023
+  _globals['_LISTNODESREQUEST']._serialized_end=2080
+  _globals['_LISTNODESRESPONSE']._serialized_start=2082
+  _globals['_LISTNODESRESPONSE']._serialized_end=2157
+  _globals['_SETNODESCHEDULINGREQUEST']._serialized_start=2159
+  _globals['_SETNODESCHEDULINGREQUEST']._serialized_end=2246
+  _globals['_SETNODESCHEDULINGRESPONSE']._serialized_start=2248
+  _globals['_SETNODESCHEDULINGRESPONSE']._serialized_end=2305
+  _globals['_LISTFLEETINSTANCESREQUEST']._serialized_start=2307
+  _globals['_LISTFLEETINSTANCESREQUEST']._serialized_end=2405
+  _globals['_LISTFLEETINSTANCESRESPONSE']._serialized_start=2407
+  _globals['_LISTFLEETINSTANCESRESPONSE']._serialized_end=2499
+  _globals['_SCHEDULERSERVICE']._serialized_start=2502
+  _globals['_SCHEDULERSERVICE']._serialized_end=2858
 # @@protoc_insertion_point(module_scope)

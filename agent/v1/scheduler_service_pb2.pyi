@@ -46,6 +46,26 @@ class Registration(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class GpuTypesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BOOT_ID_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
     INGRESS_ADDRESS_FIELD_NUMBER: _builtins.int
@@ -60,6 +80,7 @@ class Registration(_message.Message):
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     GPU_MIGRATION_FIELD_NUMBER: _builtins.int
+    GPU_TYPES_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the host."""
     agent_version: _builtins.str
@@ -100,6 +121,10 @@ class Registration(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the agent started."""
 
+    @_builtins.property
+    def gpu_types(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Which GPU model each GPU type of functions means on this node, as its configuration says."""
+
     def __init__(
         self,
         *,
@@ -117,10 +142,11 @@ class Registration(_message.Message):
         host_memory: _types_pb2.HostMemory | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         gpu_migration: _builtins.bool = ...,
+        gpu_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "gpu_migration", b"gpu_migration", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "runtimes", b"runtimes", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "gpu_migration", b"gpu_migration", "gpu_types", b"gpu_types", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "runtimes", b"runtimes", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,12 +386,17 @@ class ReportLoadRequest(_message.Message):
     REMOVED_UIDS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    MONOTONIC_NS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Grows with every start of the agent."""
     sequence: _builtins.int
     """Number of the message within the stream, from 1 without a gap."""
     snapshot: _builtins.bool
     """`instances` is complete: an instance that is missing does not exist."""
+    monotonic_ns: _builtins.int
+    """CLOCK_MONOTONIC of the host when this was written: usage windows are dated by it, and so the scheduler can tell
+    which of them lie in a time in which it had given the node up.
+    """
     @_builtins.property
     def registration(self) -> Global___Registration:
         """In the first message of a stream only."""
@@ -392,10 +423,11 @@ class ReportLoadRequest(_message.Message):
         removed_uids: _abc.Iterable[_builtins.str] | None = ...,
         snapshot: _builtins.bool = ...,
         load: Global___NodeLoad | None = ...,
+        monotonic_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "registration", b"registration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "load", b"load", "registration", b"registration", "removed_uids", b"removed_uids", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "load", b"load", "monotonic_ns", b"monotonic_ns", "registration", b"registration", "removed_uids", b"removed_uids", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -402,10 +402,34 @@ class GpuRequirement(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _VisibleDevices:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _VisibleDevicesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[GpuRequirement._VisibleDevices.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        VISIBLE_DEVICES_UNSPECIFIED: GpuRequirement._VisibleDevices.ValueType  # 0
+        """Unspecified: INDEX."""
+        VISIBLE_DEVICES_INDEX: GpuRequirement._VisibleDevices.ValueType  # 1
+        """By number, which every program can read."""
+        VISIBLE_DEVICES_UUID: GpuRequirement._VisibleDevices.ValueType  # 2
+        """By UUID."""
+
+    class VisibleDevices(_VisibleDevices, metaclass=_VisibleDevicesEnumTypeWrapper):
+        """Names of GPUs in CUDA_VISIBLE_DEVICES."""
+
+    VISIBLE_DEVICES_UNSPECIFIED: GpuRequirement.VisibleDevices.ValueType  # 0
+    """Unspecified: INDEX."""
+    VISIBLE_DEVICES_INDEX: GpuRequirement.VisibleDevices.ValueType  # 1
+    """By number, which every program can read."""
+    VISIBLE_DEVICES_UUID: GpuRequirement.VisibleDevices.ValueType  # 2
+    """By UUID."""
+
     GPU_TYPE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    VISIBLE_DEVICES_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     """GPU type as Function Compute names it, for example `fc.gpu.ada.1`."""
     model: _builtins.str
@@ -414,6 +438,8 @@ class GpuRequirement(_message.Message):
     """Number of GPUs, held all or none; default 1, and 0 for a function without a GPU."""
     memory_bytes: _builtins.int
     """GPU memory the function is billed for, per GPU, in bytes; 0 means the whole GPU."""
+    visible_devices: Global___GpuRequirement.VisibleDevices.ValueType
+    """How CUDA_VISIBLE_DEVICES names the instance's GPUs."""
     def __init__(
         self,
         *,
@@ -421,10 +447,11 @@ class GpuRequirement(_message.Message):
         model: _builtins.str = ...,
         count: _builtins.int | None = ...,
         memory_bytes: _builtins.int = ...,
+        visible_devices: Global___GpuRequirement.VisibleDevices.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "count", b"count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "count", b"count", "gpu_type", b"gpu_type", "memory_bytes", b"memory_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "count", b"count", "gpu_type", b"gpu_type", "memory_bytes", b"memory_bytes", "model", b"model", "visible_devices", b"visible_devices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
     _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
@@ -638,6 +665,8 @@ class Instance(_message.Message):
         """Ended by a stop. Terminal."""
         STATE_FAILED: Instance._State.ValueType  # 9
         """Ended otherwise. Terminal."""
+        STATE_UNKNOWN: Instance._State.ValueType  # 10
+        """Its node is lost, so that nothing is known about it; state_message has its last state (scheduler only)."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """States of an instance's life; agent/ARCHITECTURE.md has the table of transitions."""
@@ -662,6 +691,8 @@ class Instance(_message.Message):
     """Ended by a stop. Terminal."""
     STATE_FAILED: Instance.State.ValueType  # 9
     """Ended otherwise. Terminal."""
+    STATE_UNKNOWN: Instance.State.ValueType  # 10
+    """Its node is lost, so that nothing is known about it; state_message has its last state (scheduler only)."""
 
     @_typing.final
     class WakeTiming(_message.Message):
@@ -1109,6 +1140,8 @@ class Node(_message.Message):
         """Silent for 3 s: gets no new work (scheduler only)."""
         STATE_LOST: Node._State.ValueType  # 5
         """Silent for 10 s: its instances no longer count (scheduler only)."""
+        STATE_EXPECTED: Node._State.ValueType  # 6
+        """Known, and not heard since the scheduler started: gets no work until it registers (scheduler only)."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """States of a node."""
@@ -1125,6 +1158,8 @@ class Node(_message.Message):
     """Silent for 3 s: gets no new work (scheduler only)."""
     STATE_LOST: Node.State.ValueType  # 5
     """Silent for 10 s: its instances no longer count (scheduler only)."""
+    STATE_EXPECTED: Node.State.ValueType  # 6
+    """Known, and not heard since the scheduler started: gets no work until it registers (scheduler only)."""
 
     @_typing.final
     class LabelsEntry(_message.Message):

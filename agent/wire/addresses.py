@@ -29,8 +29,8 @@ def check_bind(host: str, tls: bool, insecure: bool) -> None:
     if tls or insecure or is_loopback(host):
         return
     message = (
-        f"refusing to listen on {host!r} without TLS: tokens would travel in the clear; "
-        "listen on 127.0.0.1, configure TLS, or set `insecure: true` for a trusted network"
+        f"refusing to listen on {host!r}: tokens would travel unencrypted; "
+        "listen on 127.0.0.1, or set `insecure: true` in the configuration if the network itself is trusted"
     )
     raise ConfigError("BIND_INSECURE", message, host=host)
 
@@ -40,8 +40,8 @@ def check_target(target: str, tls: bool, insecure: bool) -> None:
     if tls or insecure or target.startswith("unix:") or is_loopback(split(target)[0]):
         return
     message = (
-        f"refusing to send a token to {target} without TLS; "
-        "use its unix socket or a tunnel, configure TLS, or set `insecure: true` for a trusted network"
+        f"refusing to send a token unencrypted to {target}; "
+        "use a tunnel, or set `insecure: true` in the configuration if the network itself is trusted"
     )
     raise ConfigError("TARGET_INSECURE", message, target=target)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar, cast
 
 import grpc
@@ -21,8 +21,9 @@ from agent.v1 import (
 from agent.v1.instance_service_pb2 import ExecInstanceRequest, ExecInstanceResponse
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.wire.addresses import check_target
+from agent.wire.interceptors import ACCEPTED
 from agent.wire.limits import MAX_MESSAGE_BYTES
-from agent.wire.status import from_rpc_error, translated_errors
+from agent.wire.status import DETAILS_KEY, from_rpc_error, translated_errors
 from agent.wire.tokens import bearer
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 _EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs are older
+
+ACCEPT_S = 5.0
+"""Longest wait for a daemon to accept a stream. One of an older version says nothing before its first answer."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -132,17 +136,28 @@ class DaemonChannel:
 
 class TwoWayStream(Generic[_Request, _Response]):
     """A bidirectional stream; one task at a time may send, one receive. It has no deadline: the channel's keepalive
-    notices a dead peer within 15 s, and `close` ends it."""
+    notices a dead peer within 15 s, and `close` ends it.
+
+    Nothing is sent before the daemon has accepted the stream: if the status of a refusal arrives during a write, gRPC's
+    library replaces it by INTERNAL, and the reason is lost.
+    """
 
     def __init__(self, call: aio.StreamStreamCall[_Request, _Response], target: str) -> None:
         self._call = call
         self._target = target
+        self._accepted = False
 
     async def send(self, message: _Request) -> None:
         """Returns once flow control has accepted the message. Raises the error that ended the stream."""
+        if not self._accepted:
+            await self._wait_until_accepted()
         try:
             await self._call.write(message)
-        except grpc.RpcError as error:
+        except aio.AioRpcError as error:
+            trailers = cast(Sequence[tuple[str, str | bytes]], error.trailing_metadata() or ())
+            by_library = error.code() is grpc.StatusCode.INTERNAL and DETAILS_KEY not in dict(trailers)
+            if by_library:  # the stream ended during the write
+                raise self._ended() from error
             raise from_rpc_error(error, self._target) from error
         except asyncio.InvalidStateError as error:
             raise await self._ended_by() from error
@@ -157,11 +172,26 @@ class TwoWayStream(Generic[_Request, _Response]):
         """Ends the stream at once."""
         self._call.cancel()
 
+    async def _wait_until_accepted(self) -> None:
+        """Raises the error with which the daemon refuses the stream."""
+        try:
+            async with asyncio.timeout(ACCEPT_S):
+                headers = await self._call.initial_metadata()
+        except TimeoutError:
+            pass
+        else:
+            if ACCEPTED not in headers:
+                raise await self._ended_by()
+        self._accepted = True
+
+    def _ended(self) -> UnavailableError:
+        return UnavailableError("STREAM_ENDED", f"{self._target} ended the stream; open it again")
+
     async def _ended_by(self) -> HibernodeError:
         """The error that ended the stream, once gRPC knows it."""
         code = await self._call.code()
         if code is grpc.StatusCode.OK:
-            return UnavailableError("STREAM_ENDED", f"{self._target} ended the stream; open it again")
+            return self._ended()
         metadata = await self._call.trailing_metadata()
         details = await self._call.details()
         return from_rpc_error(aio.AioRpcError(code, aio.Metadata(), metadata, details, None), self._target)

@@ -28,6 +28,8 @@ from agent.wire.convert_enums import (
     dispatch_to_proto,
     idle_mode_from_proto,
     idle_mode_to_proto,
+    visible_devices_from_proto,
+    visible_devices_to_proto,
 )
 
 _Value = TypeVar("_Value", int, str)
@@ -106,6 +108,24 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
     )
 
 
+def stored_function(message: types_pb2.FunctionSpec) -> tuple[FunctionSpec, str]:
+    """The spec of a stored message, and what of it can't be read ("": all can). Such fields get core's defaults here;
+    the message keeps them, for agents that may know them. Never raises."""
+    try:
+        return function_from_proto(message), ""
+    except InvalidArgumentError as error:
+        problem = error.message
+    known = types_pb2.FunctionSpec()
+    known.CopyFrom(message)
+    known.ClearField("dispatch")
+    known.idle_policy.ClearField("mode")
+    for key in [key for key, value in known.environment.items() if value == MASK]:
+        del known.environment[key]
+    if known.container.registry.password == MASK:
+        known.container.ClearField("registry")
+    return function_from_proto(known), problem
+
+
 def _environment(message: types_pb2.FunctionSpec) -> tuple[tuple[str, str], ...]:
     for key, value in message.environment.items():
         if value == MASK:
@@ -159,7 +179,11 @@ def _container_from_proto(message: types_pb2.ContainerOptions) -> ContainerOptio
 
 def _gpu_to_proto(need: GpuNeed) -> types_pb2.GpuRequirement:
     return types_pb2.GpuRequirement(
-        gpu_type=need.gpu_type, model=need.model, count=need.count, memory_bytes=need.memory_bytes
+        gpu_type=need.gpu_type,
+        model=need.model,
+        count=need.count,
+        memory_bytes=need.memory_bytes,
+        visible_devices=visible_devices_to_proto(need.visible_devices),
     )
 
 
@@ -169,6 +193,7 @@ def _gpu_from_proto(message: types_pb2.GpuRequirement) -> GpuNeed:
         model=message.model,
         gpu_type=message.gpu_type,
         memory_bytes=message.memory_bytes,
+        visible_devices=visible_devices_from_proto(message.visible_devices),
     )
 
 

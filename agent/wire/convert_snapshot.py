@@ -159,6 +159,7 @@ def registration(snapshot: NodeSnapshot) -> Registration:
         host_memory=_host_memory(snapshot),
         start_time=time_to_proto(snapshot.start_wall_ns),
         gpu_migration=snapshot.migrates,
+        gpu_types=snapshot.gpu_types,
     )
 
 

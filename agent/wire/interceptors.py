@@ -32,6 +32,9 @@ NODE_METHODS = frozenset(
 # Methods without a deadline, besides bidirectional streams.
 ENDLESS_METHODS = frozenset({HEALTH_WATCH})
 
+ACCEPTED = "hibernode-accepted"
+"""Header that tells the caller of a bidirectional stream, before its first message, that it may send."""
+
 _log = get_logger()
 _Answer = TypeVar("_Answer")
 
@@ -44,6 +47,12 @@ class CallContext(Protocol):
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...] | None: ...
     async def abort_with_status(self, status: grpc.Status) -> NoReturn: ...
     async def write(self, message: Any) -> None: ...
+    async def send_initial_metadata(self, initial_metadata: tuple[tuple[str, str], ...]) -> None: ...
+
+
+async def accept_stream(context: CallContext) -> None:
+    """Let the caller of a bidirectional stream send. The method calls it once it refuses no more without reading."""
+    await context.send_initial_metadata(((ACCEPTED, "1"),))
 
 
 class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -69,7 +78,8 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
 
     def _guarded(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
         """`handler` with the guard around its behaviour, whichever of gRPC's four kinds it is."""
-        endless = method in ENDLESS_METHODS or (handler.request_streaming and handler.response_streaming)
+        both_ways = bool(handler.request_streaming and handler.response_streaming)
+        endless = method in ENDLESS_METHODS or both_ways
         behaviour = cast(
             Callable[[Any, CallContext], Any],
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,

@@ -117,5 +117,21 @@ def node_tokens(tokens: Mapping[str, str]) -> list[tuple[str, Principal]]:
     return [(token, Principal(name, Role.NODE)) for name, token in tokens.items()]
 
 
+def usable_tokens(tokens: Mapping[str, str], operator: str) -> tuple[dict[str, str], list[ConfigError]]:
+    """The tokens by node that a TokenTable takes beside the operator's, and what is wrong with each other one. Of nodes
+    with the same token none may use it: the scheduler could not tell which one calls."""
+    nodes = node_tokens(tokens)
+    good: dict[str, str] = {}
+    wrong: list[ConfigError] = []
+    for token, node in nodes:
+        others = [(other, principal) for other, principal in nodes if other == token and principal != node]
+        try:
+            TokenTable([(operator, Principal("operator", Role.OPERATOR)), *others, (token, node)])
+            good[node.name] = token
+        except ConfigError as error:
+            wrong.append(error)
+    return good, wrong
+
+
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

@@ -47,8 +47,8 @@ class Site:
         assert await received(stream) == pb.ExecInstanceResponse(output=b"")
         return stream, self.world.runtime.sessions[-1]
 
-    async def follow(self, uid: str, tail_bytes: int = 0) -> AsyncIterator[bytes]:
-        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes, follow=True)
+    async def follow(self, uid: str, tail_bytes: int = 0, tail_lines: int | None = None) -> AsyncIterator[bytes]:
+        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes, tail_lines=tail_lines, follow=True)
         async for chunk in self.channel.stream(self.channel.instances.GetInstanceLogs, request, PATIENCE_S):
             yield chunk.data
 
@@ -259,6 +259,33 @@ async def test_followed_log_ends_with_its_instance(tmp_path: Path) -> None:
         site.world.runtime.exit(actor.uid, Exit(code=0))
         assert [chunk async for chunk in chunks] == []
         await until(actor, InstanceState.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("written", "lines", "shown"),
+    [
+        (b"a\nbc\ndef\n", 2, b"bc\ndef\n"),
+        (b"a\nbc\nde", 2, b"bc\nde"),
+        (b"a\n\n\n", 2, b"\n\n"),
+        (b"a\nb\n", 5, b"a\nb\n"),
+        (b"a\nb\n", 0, b""),
+        (b"", 3, b""),
+    ],
+)
+async def test_followed_log_begins_with_its_last_lines(
+    tmp_path: Path, written: bytes, lines: int, shown: bytes
+) -> None:
+    async with a_site(tmp_path) as site:
+        actor = await site.world.running()
+        site.world.runtime.print(actor.uid, written)
+        if shown:
+            chunks = site.follow(actor.uid, tail_lines=lines)
+            assert await asyncio.wait_for(anext(chunks), PATIENCE_S) == shown
+            site.world.runtime.print(actor.uid, b"ready\n")
+            assert await asyncio.wait_for(anext(chunks), PATIENCE_S) == b"ready\n"
+            shown = b"".join((written + b"ready\n").splitlines(keepends=True)[-lines:])
+        site.world.runtime.exit(actor.uid, Exit(code=0))
+        assert b"".join([chunk async for chunk in site.follow(actor.uid, tail_lines=lines)]) == shown
 
 
 async def test_log_of_a_frozen_instance_is_followed_without_a_wake(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, InstanceState, StopCause
 from agent.host.node.exec_sessions import ExecSessions
 from agent.host.node.observer import NodeIdentity, Observer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.v1.types_pb2 import FunctionSpec, Instance
+from agent.wire.convert_enums import stop_cause_to_proto
 from agent.wire.convert_function import function_to_proto
 from tests.host.rig import OCR, PATIENCE_S, NodeRig, enter, eventually, node_rig, until
 
@@ -190,6 +191,15 @@ async def test_stop_returns_at_the_end_and_the_instance_stays_visible() -> None:
         assert await refusal(
             api.servicer.StopInstance(pb.StopInstanceRequest(uid=uid, grace_ns=-1), None)
         ) == "GRACE_INVALID"  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", [one for one in StopCause if one is not StopCause.ASKED])
+async def test_a_stopped_instance_says_what_it_was_stopped_for(cause: StopCause) -> None:
+    async with an_api() as api:
+        request = pb.StopInstanceRequest(uid=(await api.create()).uid, cause=stop_cause_to_proto(cause))
+        stopped = (await api.servicer.StopInstance(request, None)).instance
+        assert (stopped.state, stopped.state_reason) == (Instance.STATE_STOPPED, cause.value)
+        assert stopped.state_message
 
 
 async def test_an_unknown_or_ambiguous_uid_is_not_found() -> None:

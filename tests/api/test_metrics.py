@@ -10,11 +10,11 @@ import pytest
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.core.lifecycle.events import StopAsked
 from agent.core.provisioning.model import Scheduling
+from agent.core.provisioning.problem import Problem
 from agent.core.snapshots import InstanceReading
 from agent.core.types import GIB, SECOND_NS, GpuSample
 from agent.host.node.gauges import Gauges
 from agent.host.node.observer import Observer
-from agent.scheduler.functions.catalog import Problem
 from agent.v1.types_pb2 import Gpu, Instance
 from tests.api.central import Central, load
 from tests.api.promql import Scrape, read_scrape

@@ -10,8 +10,9 @@ import pytest
 
 from agent.api.status_page import HEADERS, MAX_ROWS, StatusPage
 from agent.core.provisioning.model import Scheduling
+from agent.core.provisioning.problem import LastFailure, NextTry, Problem
+from agent.core.provisioning.reconcile import Failure
 from agent.core.types import GIB, SECOND_NS
-from agent.scheduler.functions.catalog import Problem
 from agent.v1.types_pb2 import Gpu, Instance
 from tests.api.central import Central, load
 
@@ -85,12 +86,38 @@ async def test_page_shows_functions_nodes_gpus_and_instances(central: Central, p
     text = page.render()
     found = read(text)
     (_, function), (_, node) = found.tables["Functions"], found.tables["Nodes"]
-    assert function == ["ocr", "1", "3", "2", "1", "1", "0", "0", "NO_FREE_GPU"]
+    assert function == ["ocr", "1", "1", "3", "2", "1", "1", "0", "0", "NO_FREE_GPU"]
     assert node[:7] == ["n1", "READY CORDONED", "2.0 s ago", "1 of 2", "3", "2", "32.0 GiB of 64.0 GiB"]
     assert [row[4] for row in found.tables["GPUs"][1:]] == ["0 %", "–"]
     assert [row[3] for row in found.tables["Instances"][1:]] == ["RUNNING", "FROZEN", "FAILED OUT_OF_MEMORY"]
     assert found.bad == ["NO_FREE_GPU", "READY CORDONED", "CORDONED", "FAILED OUT_OF_MEMORY"]
     assert b"hunter2" not in text, "messages may quote what an instance has logged"
+
+
+async def test_page_shows_the_last_failure_and_the_next_try(central: Central, page: StatusPage) -> None:
+    await central.rig.deploy(target=1)
+    failure = Failure("IMAGE_PULL_FAILED", "password=hunter2", central.clock.wall_ns(), "n1", "i7")
+    last = LastFailure(failure, 2, NextTry.SCHEDULED, central.clock.monotonic_ns() + 5 * SECOND_NS)
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "full", last=last))
+    central.clock.advance(2 * SECOND_NS)
+    text = page.render()
+    trouble = read(text).tables["Functions"][1][-1]
+    assert trouble == "NO_FREE_GPU; IMAGE_PULL_FAILED 2 s ago (n1 i7), attempt 2 of 5, next in 3 s"
+    assert b"hunter2" not in text
+
+
+async def test_page_shows_that_nothing_is_known_of_a_lost_nodes_instances(central: Central, page: StatusPage) -> None:
+    central.report(load("i1", Instance.STATE_FROZEN))
+    central.fleet.set_scheduling("n1", Scheduling.DRAINED)
+    central.fleet.expect("n2")
+    central.clock.advance(9 * SECOND_NS)
+    central.fleet.check_silence()
+    assert [row[1] for row in read(page.render()).tables["Nodes"][1:]] == ["SUSPECT DRAINING", "EXPECTED"]
+    central.clock.advance(2 * SECOND_NS)
+    central.fleet.check_silence()
+    found = read(page.render()).tables
+    assert found["Instances"][1][3] == "UNKNOWN NODE_LOST, was FROZEN"
+    assert [row[1] for row in found["Nodes"][1:]] == ["LOST DRAINING", "LOST"]
 
 
 async def test_empty_page(page: StatusPage) -> None:

@@ -87,6 +87,9 @@ def test_token_is_not_sent_unencrypted_without_the_option(run: Run, home: Path) 
     done = run("ps", "--agent", "192.0.2.1:8611", "--token-file", home / "agent" / "token")
     assert done.code == 2
     assert "(TARGET_INSECURE)" in done.err
+    assert "or --insecure if the network itself is trusted" in done.err
+    assert "insecure: true" not in done.err, "that is for the daemons"
+    assert "TLS" not in done.err, "there is none"
 
 
 def test_address_does_not_show_its_token() -> None:

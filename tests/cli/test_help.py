@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,15 @@ def test_version(run: Run) -> None:
     done = run("--version")
     assert done.code == 0
     assert done.out.startswith("hibernode, version ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_calls_the_program(run: Run, shell: str) -> None:
+    done = run("completion", shell)
+    assert (done.code, done.err) == (0, "")
+    assert f"_HIBERNODE_COMPLETE={shell}_complete" in done.out
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=done.out, text=True, timeout=10, check=True)
 
 
 def test_completion_knows_the_commands(program: list[str]) -> None:

@@ -233,7 +233,14 @@ async def real_node() -> AsyncIterator[NodeUnderTest]:
         faults: list[BaseException] = []
         ingress = Ingress(world.node, world.clock, [CREDENTIAL], RequestIds(lambda: 1, lambda bits: 2))
         ingress.open = True
-        http = await serve(ingress, "127.0.0.1", 0, Limits(), request_ids=lambda: "1-0-0-0", on_fault=faults.append)
+        http = await serve(
+            ingress,
+            "127.0.0.1",
+            0,
+            Limits(),
+            request_ids=lambda: "1-0-0-0",
+            on_fault=lambda error, _: faults.append(error),
+        )
         tokens = TokenTable([(CREDENTIAL, Principal("scheduler", Role.OPERATOR))])
         server = GrpcServer(Services(instances=api.servicer), tokens)
         grpc = f"127.0.0.1:{server.bind_tcp('127.0.0.1', 0)}"

@@ -207,6 +207,15 @@ async def test_a_log_is_bytes_and_its_end_a_number_of_bytes(agent: DaemonChannel
     assert await logs(agent, "i-run", tail_bytes=10_000) == LOG
 
 
+async def test_the_end_of_a_log_may_be_a_number_of_lines(agent: DaemonChannel) -> None:
+    lines = LOG.splitlines(keepends=True)
+    assert len(lines) == 2
+    assert await logs(agent, "i-run", tail_lines=1) == lines[-1]
+    assert await logs(agent, "i-run", tail_lines=3) == LOG
+    assert await logs(agent, "i-run", tail_lines=0) == b""
+    assert await logs(agent, "i-run", tail_lines=1, tail_bytes=4) == LOG[-4:], "as far as they lie within the bytes"
+
+
 async def test_a_followed_log_ends_with_its_instance_and_not_before(agent: DaemonChannel) -> None:
     await logs(agent, "i-dead", follow=True)
     request = inst.GetInstanceLogsRequest(uid="i-run", follow=True, tail_bytes=9)

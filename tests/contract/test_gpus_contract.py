@@ -99,6 +99,7 @@ async def test_gpus_come_in_index_order_with_model_and_memory(world: World) -> N
     assert all(UUID.fullmatch(gpu.uuid) for gpu in gpus)
     assert len({gpu.uuid for gpu in gpus}) == 2
     assert all(gpu.model.startswith("Emulated ") for gpu in gpus)
+    assert [gpu.pci_address for gpu in gpus] == [(0, 1, 0), (0, 2, 0)]
     assert all(gpu.memory_bytes >= 512 * MIB and gpu.persistence and not gpu.mig for gpu in gpus)
 
 

@@ -12,10 +12,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent.adapters.daemon.token_file import read_token
-from agent.core.errors import InvalidArgumentError, NotFoundError, UnauthenticatedError, UnsupportedError
+from agent.core.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    UnauthenticatedError,
+    UnsupportedError,
+)
 from agent.v1.function_service_pb2 import (
     DeleteFunctionRequest,
     DeployFunctionRequest,
@@ -25,6 +32,7 @@ from agent.v1.function_service_pb2 import (
 )
 from agent.v1.scheduler_service_pb2 import ListFleetInstancesRequest, ListNodesRequest, SetNodeSchedulingRequest
 from agent.v1.types_pb2 import FunctionSpec, Instance, Node
+from agent.v1.usage_service_pb2 import ListUsageRequest
 from agent.wire.clients import DaemonChannel
 from tests.fakes.agent_node import FakeAgentNode, echo, hold
 from tests.http.rig import Wire
@@ -74,7 +82,7 @@ class Daemon:
         return function
 
 
-async def start(folder: Path) -> Daemon:
+async def start(folder: Path, extra: str = "") -> Daemon:
     state = folder / "state"
     for name, value in TOKENS.items():
         token = folder / f"{name}.token"
@@ -91,6 +99,7 @@ grpc: {{port: 0}}
 admin: {{port: 0}}
 nodes: [{nodes}]
 report: {{suspect: 1s, lost: 2s}}
+{extra}
 """
     )
     process = await asyncio.create_subprocess_exec(
@@ -114,6 +123,11 @@ async def end(daemon: Daemon, number: signal.Signals) -> int:
         code = await daemon.process.wait()
     (daemon.folder / "state" / "endpoints.json").unlink(missing_ok=True)
     return code
+
+
+async def test_its_process_has_a_name(daemon: Daemon) -> None:
+    """For `ps -e`, `top` and `pgrep hibernode`; the kernel keeps 15 characters."""
+    assert psutil.Process(daemon.process.pid).name() == "hibernode-sched"
 
 
 @asynccontextmanager
@@ -378,3 +392,25 @@ async def test_metrics_and_readiness(daemon: Daemon) -> None:
         writer.close()
         assert b" 200 " in answer
         assert expected in answer
+
+
+async def test_a_bad_token_file_and_a_bad_price_book_do_not_keep_the_scheduler_down(
+    tmp_path: Path, node: FakeAgentNode
+) -> None:
+    """The node is out, costs are refused with the reason; functions and the other node work."""
+    bad = tmp_path / "gpu-2.token"
+    bad.touch(0o600)
+    bad.write_text("two tokens")
+    book = tmp_path / "prices.yaml"
+    book.write_text("prices: [")
+    daemon = await start(tmp_path, f"price_book: {book}")
+    try:
+        await daemon.deploy(1)
+        await node.start(daemon.endpoints["grpc"])
+        await daemon.until(ready)
+        assert (await daemon.ask())[0] == 200
+        with pytest.raises(PreconditionError, match="Usage is collected meanwhile") as caught:
+            await daemon.channel.call(daemon.channel.usage.ListUsage, ListUsageRequest(), 10)
+        assert caught.value.reason == "PRICE_BOOK_INVALID"
+    finally:
+        await end(daemon, signal.SIGKILL)

@@ -158,7 +158,11 @@ async def test_a_window_that_cannot_be_does_not_keep_the_others_out(daemon: Daem
     async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
         answer = await agent.call(agent.usage.UploadUsageWindows, request, 10)
     assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 0)]
-    assert [(one.seq, one.reason) for one in answer.refusals] == [(1, "USAGE_INVALID"), (2, "USAGE_INVALID")]
+    assert [(one.seq, one.reason) for one in answer.refusals] == [(1, "USAGE_INVALID")]
+    listed = await daemon.channel.call(
+        daemon.channel.usage.ListUsage, ListUsageRequest(include_windows=True, page_token="windows/"), 10
+    )
+    assert [(one.seq, one.state) for one in listed.windows] == [(0, window_to_proto(WINDOW).state), (2, 99)]
 
 
 async def test_later_windows_are_taken_though_the_earlier_ones_are_not_here(daemon: Daemon) -> None:

@@ -68,7 +68,7 @@ GOOD_PROPS = {
     "functionName": "from-file",
     "runtime": "custom-container",
     "timeout": 60,
-    "gpuConfig": {"gpuType": "fc.gpu.tesla.1", "gpuMemorySize": 16384},
+    "gpuConfig": {"gpuType": "fc.gpu.tesla.1", "gpuMemorySize": 1024},
     "customContainerConfig": {"image": "registry.example/ocr:1", "port": 9000},
 }
 
@@ -98,6 +98,23 @@ async def test_wrong_type_in_s_yaml_is_refused_with_its_key(
     assert ended.stdout == ""
     listed = json.loads(world.hibernode("functions", "--output", "json").stdout)
     assert "from-file" not in [function["name"] for function in listed["functions"]]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "there_is"),
+    [
+        ({"gpuType": "fc.gpu.tesla.1", "gpuMemorySize": 16384}, "the largest is Emulated T4 with 1 GiB"),
+        ({"gpuType": "H100", "gpuMemorySize": 1024}, "it has Emulated T4"),
+    ],
+)
+async def test_a_gpu_that_the_fleet_does_not_have_is_refused_at_the_deploy(
+    world: BadInputStack, tmp_path: Path, gpu: dict[str, object], there_is: str
+) -> None:
+    file = s_yaml(tmp_path / "s.yaml", gpuConfig=gpu)
+    ended = world.hibernode("deploy", "-t", str(file), "--target", "1")
+    assert (ended.returncode, "NO_SUCH_GPU" in ended.stderr) == (4, True), ended.stderr
+    assert there_is in ended.stderr
+    assert "from-file" not in await world.functions()
 
 
 async def test_image_function_needs_a_container_engine(world: BadInputStack, tmp_path: Path) -> None:

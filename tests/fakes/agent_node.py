@@ -297,7 +297,7 @@ def _milliseconds(received: Received, name: str, reason: str) -> float | None:
     return int(given) / 1000
 
 
-def _raise_later(error: BaseException) -> None:
+def _raise_later(error: BaseException, request_id: str) -> None:
     asyncio.get_running_loop().call_exception_handler({"message": "fake ingress", "exception": error})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.errors import PreconditionError
@@ -66,7 +66,7 @@ class FakeFreezer:
             raise PreconditionError("NOT_LOCKED", "lock the instance before its checkpoint", uid=handle.uid)
         return await self._operate("checkpoint", handle, {Condition.LOCKED}, Condition.FROZEN, Condition.AWAKE)
 
-    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str], gpu_uuids: Sequence[str] = ()) -> FreezeResult:
         self.maps.append(dict(gpu_map))
         legal = {Condition.FROZEN, Condition.CHECKPOINTED}
         return await self._operate("wake", handle, legal, Condition.AWAKE, Condition.FROZEN)

@@ -13,7 +13,7 @@ from agent.ports import DriverInfo, GpuProcesses
 
 def gpu(index: int = 0, *, model: str = "Emulated H100", memory_bytes: int = 16 * GIB) -> Gpu:
     """A GPU whose uuid ends in its index."""
-    return Gpu(f"GPU-00000000-0000-4000-8000-{index:012x}", index, model, memory_bytes)
+    return Gpu(f"GPU-00000000-0000-4000-8000-{index:012x}", index, model, memory_bytes, pci_address=(0, index + 1, 0))
 
 
 @dataclass

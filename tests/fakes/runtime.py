@@ -39,7 +39,8 @@ class FakeRuntime:
     Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
     `prepare_error` and `prepare_gate` do the same for the pull; `kill_hangs` makes kill and destroy end in
     KILL_TIMEOUT, `engine_away` leaves what was killed unremoved; `port_of` gives a container the port of a test's
-    server; `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside
+    server; `listens_on`: what `listening` tells of each; `accepted_images`; `executes`: its instances are containers,
+    and `sessions` are the commands run inside
     (before that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid,
     text)` adds to its log; `calls` records every call.
     """
@@ -58,6 +59,7 @@ class FakeRuntime:
         self.exec_error: HibernodeError | None = None
         self.exec_gate: asyncio.Event | None = None
         self.sessions: list[FakeExecSession] = []
+        self.listens_on: list[str] = []
         self.port_of: Callable[[StartSpec], int] | None = None
         self.containers: dict[str, FakeContainer] = {}
         self.calls: list[tuple[str, str]] = []
@@ -191,6 +193,9 @@ class FakeRuntime:
             return []
         main = [] if container.ended.done() else [handle.process.pid]
         return main + container.extra_pids
+
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        return self.listens_on
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         text = self._logs.get(handle.uid, b"")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import UnavailableError
-from agent.core.instance_record import InstanceRecord
+from agent.core.instance_record import InstanceRecord, UnreadableRecord
 
 
 class MemoryStore:
@@ -25,6 +25,7 @@ class MemoryStore:
         self._open = asyncio.Event()
         self._open.set()
         self._records: dict[str, InstanceRecord] = {}
+        self.unreadable: dict[str, UnreadableRecord] = {}
         self._windows: dict[tuple[str, int], UsageWindow] = {}
         self._acknowledged: set[tuple[str, int]] = set()
         self._refused: dict[tuple[str, int], None] = {}
@@ -43,8 +44,13 @@ class MemoryStore:
         await self._pass()
         return [self._records[uid] for uid in sorted(self._records)]
 
+    async def unreadable_instances(self) -> Sequence[UnreadableRecord]:
+        await self._pass()
+        return [self.unreadable[uid] for uid in sorted(self.unreadable)]
+
     async def delete_instance(self, uid: str) -> None:
         await self._pass()
+        self.unreadable.pop(uid, None)
         self._records.pop(uid, None)
 
     async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None:

@@ -125,6 +125,14 @@ ROWS = (
     Row("get-state is denied (304)", "#6", Phase.LISTING, fault("state", "OPERATING_SYSTEM"), End.LIVES, _304),
     Row("get-state never returns", "#26", Phase.LISTING, fault("state", "HANG"), End.LIVES),
     Row("the target dies of get-state", "#58", Phase.LISTING, fault("state", "DEATH"), End.DIES),
+    Row(
+        "somebody else's checkpoint is under way",
+        "2",
+        Phase.LISTING,
+        fault("state", "CHECKPOINTING"),
+        End.LIVES,
+        "CUDA_ILLEGAL_STATE",
+    ),
     Row("paused from outside", "4", Phase.LISTING, host(FaultWorld.pause), End.PAUSED, "EXTERNALLY_FROZEN"),
     Row("NVML fails", "4", Phase.LISTING, host(FaultWorld.blind_nvml), End.LIVES, "NVML"),
     Row(
@@ -217,6 +225,14 @@ ROWS = (
         End.LIVES,
         "CUDA_STATE_STALE",
     ),
+    Row(
+        "success, but it is still CHECKPOINTING",
+        "2",
+        Phase.CHECKPOINT,
+        fault("state", "CHECKPOINTING", skip=2, times=3),
+        End.LIVES,
+        "CUDA_STATE_STALE",
+    ),
     Row("never returns", "#17", Phase.CHECKPOINT, fault("checkpoint", "HANG"), End.LIVES, _LOST),
     Row(
         "never returns, but is done", "#17", Phase.CHECKPOINT, fault("checkpoint", "HANG", after=True), End.LIVES, _LOST
@@ -299,6 +315,7 @@ ROWS = (
     ),
     Row("the operating system fails (304)", "4", Phase.RESTORE, fault("restore", "OPERATING_SYSTEM"), End.DIES, _304),
     Row("success, but it is still CHECKPOINTED", "2", Phase.RESTORE, fault("restore", "STALE"), End.LIVES),
+    Row("success, but it is still RESTORING", "2", Phase.RESTORE, fault("state", "RESTORING", times=3), End.LIVES),
     Row("fails, but it is restored", "2", Phase.RESTORE, fault("restore", "INVALID_VALUE", after=True), End.LIVES),
     Row("never returns", "#17", Phase.RESTORE, fault("restore", "HANG"), End.LIVES, _LOST),
     Row("never returns, but is done", "#17", Phase.RESTORE, fault("restore", "HANG", after=True), End.LIVES),
@@ -316,6 +333,7 @@ ROWS = (
     Row("wrong state (401), once", "#44", Phase.UNLOCK, fault("unlock", "ILLEGAL_STATE"), End.LIVES),
     Row("success, but it stays LOCKED", "4", Phase.UNLOCK, fault("unlock", "STALE"), End.LIVES),
     Row("fails, but it runs", "2", Phase.UNLOCK, fault("unlock", "NOT_SUPPORTED", after=True), End.LIVES),
+    Row("fails (304), but it runs", "2", Phase.UNLOCK, fault("unlock", "OPERATING_SYSTEM", after=True), End.LIVES),
     Row("the operating system fails (304)", "4", Phase.UNLOCK, fault("unlock", "OPERATING_SYSTEM"), End.DIES, _304),
     Row("never returns", "#17", Phase.UNLOCK, fault("unlock", "HANG"), End.LIVES),
     Row("the target dies of it", "#58", Phase.UNLOCK, fault("unlock", "DEATH"), End.DIES, ""),

@@ -117,6 +117,7 @@ class NodeRig:
             stop_timeout_s=self.stop_timeout_s,
             environment={},
             gpu_models={gpu.uuid: gpu.model for gpu in self.gpus.gpus},
+            gpu_numbers=lambda uuids: self.node.broker.cuda_numbers(uuids),  # noqa: PLW0108 - the node is made later
             store_problem=lambda: self.store_problem,
         )
         self.node = Node(
@@ -233,7 +234,7 @@ async def node_rig(**knobs: Any) -> AsyncIterator[NodeRig]:
         0,
         Limits(),
         request_ids=lambda: "1-0-0-0",
-        on_fault=faults.append,
+        on_fault=lambda error, _: faults.append(error),
     )
     app.port = server.port
     rig = NodeRig(app, **knobs)

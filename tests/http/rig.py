@@ -183,7 +183,7 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
         0,
         limits or Limits(),
         request_ids=lambda: REQUEST_ID,
-        on_fault=faults.append,
+        on_fault=lambda error, _: faults.append(error),
     )
     try:
         yield server

@@ -63,7 +63,7 @@ async def test_plain_handler_that_raises_is_answered_500() -> None:
 
     async with serving(handler) as server:
         faults: list[BaseException] = []
-        server.on_fault = faults.append
+        server.on_fault = lambda error, _: faults.append(error)
         wire = await connect(server.port)
         await wire.send(get(b"/"))
         assert (await wire.message())[0] == 500

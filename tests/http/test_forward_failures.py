@@ -248,7 +248,7 @@ async def test_exception_of_the_filter_reaches_the_caller() -> None:
 
     faults: list[BaseException] = []
     async with upstream(answering(OK)) as up, relay(up.port, response_filter=broken) as r:
-        r.server.on_fault = faults.append
+        r.server.on_fault = lambda error, _: faults.append(error)
         client = await r.client()
         await client.send(get(b"/"))
         assert (await client.message())[0] == 500

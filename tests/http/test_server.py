@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import count
 
 import pytest
 
@@ -12,7 +13,7 @@ from agent.http.errors import ClientGoneError
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.server import DateHeader, serve
-from tests.http.rig import PATIENCE_S, REQUEST_ID, Wire, connect, eventually, paused, serving
+from tests.http.rig import PATIENCE_S, Wire, connect, eventually, paused, serving
 
 HOST = b"Host: f\r\n"
 
@@ -226,7 +227,14 @@ async def test_exceptions_of_handlers() -> None:
             case _:
                 pass  # returns without an answer
 
-    server = await serve(handler, "127.0.0.1", 0, Limits(), request_ids=lambda: REQUEST_ID, on_fault=faults.append)
+    logged: list[str] = []
+
+    def on_fault(error: BaseException, request_id: str) -> None:
+        faults.append(error)
+        logged.append(request_id)
+
+    ids = map("1-0-0-{}".format, count())
+    server = await serve(handler, "127.0.0.1", 0, Limits(), request_ids=lambda: next(ids), on_fault=on_fault)
     wires: list[Wire] = []
 
     async def ask(target: bytes) -> Wire:
@@ -240,6 +248,7 @@ async def test_exceptions_of_handlers() -> None:
         status, headers, body = await (await ask(target)).message()
         assert (status, json.loads(body)["Code"]) == (500, "InternalServerError")
         assert b"secret" not in body
+        assert logged[-1] == json.loads(body)["RequestId"] == headers[b"x-fc-request-id"].decode()
     assert (await (await ask(b"/mid")).rest()).endswith(b"half")
     assert [type(fault) for fault in faults] == [LookupError, RuntimeError, LookupError]
     for wire in wires:

@@ -127,3 +127,10 @@ def test_install_dry_run_lists_its_steps(options: list[str], root: Path) -> None
         assert f"/etc/systemd/system/{name}" in done.stdout
     purges = "rm -rf /etc/hibernode" in done.stdout
     assert not purges, "configuration goes only with --purge"
+
+
+def test_the_agent_keeps_what_the_driver_demands_of_its_caller(root: Path) -> None:
+    """Without CAP_SYS_PTRACE a driver was seen to deny a checkpoint (304)."""
+    unit = (root / "systemd" / "hibernode-agent.service").read_text()
+    (kept,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    assert {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"} <= set(kept.split())

@@ -15,7 +15,15 @@ UNREAD = ("agent/v1/", "agent/examples/")
 
 NOT_REASONS = {
     # Variables of the environment.
-    *("CUDA_VISIBLE_DEVICES", "DOCKER_CONFIG", "FCGPU_RUNTIME_SHMSIZE", "FC_ACCOUNT_ID", "FC_CUSTOM_LISTEN_PORT"),
+    *(
+        "CUDA_DEVICE_ORDER",
+        "CUDA_VISIBLE_DEVICES",
+        "DOCKER_CONFIG",
+        "PCI_BUS_ID",
+        "FCGPU_RUNTIME_SHMSIZE",
+        "FC_ACCOUNT_ID",
+        "FC_CUSTOM_LISTEN_PORT",
+    ),
     *("FC_FUNCTION_HANDLER", "FC_FUNCTION_MEMORY_SIZE", "FC_FUNCTION_NAME", "FC_FUNC_CODE_PATH", "FC_INSTANCE_ID"),
     *(
         "FC_REGION",
@@ -41,6 +49,7 @@ NOT_REASONS = {
     ),
     # Members of enums: states, outcomes, verdicts.
     *("WAITING_GPU", "NOT_BEGUN", "NOT_LOADED", "NOT_RUN", "PAUSED_BY_OTHERS", "RELIST", "TIMED_OUT"),
+    *("UNDER_WAY", "GIVEN_UP"),
 }
 """Capitals with `_` that are no reasons, and words that only look as if they were given as one."""
 

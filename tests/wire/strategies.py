@@ -16,6 +16,7 @@ from agent.core.types import (
     IdleMode,
     IdlePolicy,
     InstanceState,
+    VisibleDevices,
 )
 from agent.log import MASK
 from agent.v1 import types_pb2
@@ -45,7 +46,14 @@ functions = st.builds(
     disk_bytes=int64s,
     timeout_ns=int64s,
     instance_concurrency=int32s,
-    gpu=st.builds(GpuNeed, count=int32s, model=texts, gpu_type=texts, memory_bytes=int64s),
+    gpu=st.builds(
+        GpuNeed,
+        count=int32s,
+        model=texts,
+        gpu_type=texts,
+        memory_bytes=int64s,
+        visible_devices=st.sampled_from(VisibleDevices),
+    ),
     hooks=st.builds(Hooks, initializer=hooks, pre_freeze=hooks, pre_stop=hooks),
     health_check=st.none()
     | st.builds(

@@ -31,7 +31,7 @@ from agent.core.errors import (
 from agent.v1 import node_service_pb2, types_pb2
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, GetInstanceLogsRequest, GetInstanceRequest
 from agent.v1.scheduler_service_pb2 import ListNodesRequest, ReportLoadRequest
-from agent.wire.clients import DaemonChannel
+from agent.wire.clients import DaemonChannel, LoadStream
 from agent.wire.limits import MAX_MESSAGE_BYTES
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import TokenTable, bearer
@@ -250,6 +250,24 @@ async def test_load_stream_reports_why_it_ended(daemon: Daemon) -> None:
         with pytest.raises(PreconditionError) as again:
             await stream.send(ReportLoadRequest(epoch=0, sequence=2))
         assert again.value.reason == "EPOCH_STALE"
+
+
+async def test_a_refused_stream_always_says_why(daemon: Daemon) -> None:
+    """A write that meets the refusal used to fail as INTERNAL, in a quarter of the attempts."""
+
+    async def send_all(stream: LoadStream) -> None:
+        while True:
+            await stream.send(ReportLoadRequest(epoch=1, sequence=1))
+
+    reasons = set()
+    async with DaemonChannel(daemon.tcp, "a-token-of-nobody-0123456789") as stranger:
+        for _ in range(60):
+            stream = stranger.report_load()
+            with pytest.raises(HibernodeError) as caught:
+                await send_all(stream)
+            reasons.add((type(caught.value), caught.value.reason))
+            stream.close()
+    assert reasons == {(UnauthenticatedError, "TOKEN_UNKNOWN")}
 
 
 async def test_unimplemented_call(operator: DaemonChannel) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from agent.adapters.daemon.token_file import ensure_token, read_token
 from agent.core.errors import ConfigError, UnauthenticatedError
-from agent.wire.tokens import Principal, Role, TokenTable, bearer, caller, node_tokens
+from agent.wire.tokens import Principal, Role, TokenTable, bearer, caller, node_tokens, usable_tokens
 
 OLGA = Principal("olga", Role.OPERATOR)
 TOKEN = "operator-token-0123456789"
@@ -115,3 +115,18 @@ def test_missing_file_or_no_regular_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as unwritable:
         ensure_token(tmp_path / "no-such-folder" / "token")
     assert unwritable.value.reason == "TOKEN_FILE_UNWRITABLE"
+
+
+def test_a_bad_token_keeps_only_its_own_node_out() -> None:
+    tokens = {
+        "good": "a-good-token-of-a-node",
+        "short": "short",
+        "operator": TOKEN,
+        "twin-1": "the-same-token-twice-1",
+        "twin-2": "the-same-token-twice-1",
+    }
+    good, wrong = usable_tokens(tokens, TOKEN)
+    assert good == {"good": "a-good-token-of-a-node"}
+    assert [one.reason for one in wrong] == ["TOKEN_TOO_SHORT", *["TOKEN_NOT_UNIQUE"] * 3]
+    assert not any(token in str(one) for one in wrong for token in tokens.values() if token != "short")
+    TokenTable([(TOKEN, OLGA), *node_tokens(good)])

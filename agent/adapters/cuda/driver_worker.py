@@ -84,8 +84,9 @@ class LibCuda:
         self._functions = {op: self._resolve(symbol) for op, symbol in SYMBOLS.items()}
 
     def _resolve(self, symbol: bytes) -> Callable[..., int]:
-        """Look up a function by its base name. Drivers 550 and 555 report success with a null pointer for unknown
-        names, so the pointer is tested."""
+        """Look up a function by its base name, in the version in which it became public: a newer one would ask for
+        arguments that are not passed here, dlsym for the oldest. Drivers answer a version that they don't have by
+        INVALID_VALUE, or (550, 555) by success and a null pointer."""
         pointer = ctypes.c_void_p(None)
         arguments = [symbol, ctypes.byref(pointer), ctypes.c_int(CHECKPOINT_API_VERSION), ctypes.c_uint64(0)]
         try:
@@ -96,9 +97,16 @@ class LibCuda:
             except AttributeError:
                 result = NOT_FOUND
         if result != 0 or not pointer.value:
-            raise DriverError(f"the driver (CUDA {self.version}) has no {symbol.decode()}: install driver 570 or newer")
+            raise DriverError(self._missing(symbol.decode(), result))
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
         return signature(pointer.value)
+
+    def _missing(self, name: str, result: int) -> str:
+        """What the answer leaves open, the version says: whether this driver should have the function."""
+        found = f"libcuda (CUDA {self.version // 1000}.{self.version % 1000 // 10}) has no {name} (answer {result})"
+        if self.version < CHECKPOINT_API_VERSION:
+            return f"{found}: install driver 570 or newer"
+        return f"{found}, though its version should: another libcuda.so.1 is found first, or reinstall the driver"
 
     def state(self, pid: int) -> tuple[int, int]:
         """Result code and CUprocessState (-1 unless the code is 0)."""

@@ -31,8 +31,6 @@ class CudaResult(IntEnum):
 NO_CUDA = frozenset({CudaResult.INVALID_VALUE, CudaResult.NOT_INITIALIZED})
 """Results of a get-state that mean "no CUDA in this process" (CRIU reads them the same way)."""
 
-FATAL = frozenset({CudaResult.OPERATING_SYSTEM})
-"""Results after which nothing that the driver reports of the process can be trusted: kill it."""
 
 PROCESS_STATES = {
     0: CudaState.RUNNING,
@@ -59,7 +57,7 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     CudaResult.NOT_INITIALIZED: ("CUDA_NOT_INITIALIZED", "the process does not use CUDA, or has ended"),
     CudaResult.OPERATING_SYSTEM: (
         "CUDA_OPERATING_SYSTEM",
-        "the driver lost or could not reach the process: it has died, or the agent lacks root or the host's PIDs",
+        "the driver lost or could not reach the process: it has died, or the agent lacks a right (hibernode doctor)",
     ),
     CudaResult.ILLEGAL_STATE: (
         "CUDA_ILLEGAL_STATE",
@@ -75,7 +73,7 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     ),
     CudaResult.NOT_SUPPORTED: (
         "CUDA_NOT_SUPPORTED",
-        "this driver can't checkpoint what the process uses (IPC, UVM, MPS, MIG); 580 and newer support most of it",
+        "the driver can't checkpoint what the process uses: IPC, UVM, MPS, MIG, or before 580 some of PyTorch",
     ),
     CudaResult.SYSTEM_NOT_READY: (
         "CUDA_SYSTEM_NOT_READY",
@@ -86,6 +84,13 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
         "libcuda and the kernel module have different versions, as after a driver update: reboot",
     ),
 }
+
+
+def is_fatal(answer: CudaAnswer) -> bool:
+    """Whether nothing that the driver reports of the process can be trusted after this answer, so that only a kill is
+    safe: a 304, unless it is an unlock's and the process runs (facts/gpu-checkpoint.md, section 2)."""
+    runs = answer.call.op is CudaOp.UNLOCK and answer.state is CudaState.RUNNING
+    return answer.code == CudaResult.OPERATING_SYSTEM and not runs
 
 
 def explain(answer: CudaAnswer) -> tuple[str, str]:

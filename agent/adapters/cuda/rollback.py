@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from agent.adapters.cuda.processes import BUSY, CudaProcess, living, read_states
-from agent.adapters.cuda.result_codes import FATAL, CudaResult, explain
+from agent.adapters.cuda.result_codes import CudaResult, explain, is_fatal
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 
 FIRST_PAUSE_S = 0.002
@@ -112,7 +112,7 @@ async def _rounds(
         progress.record(reply)
         if reply.fault is CudaFault.STUCK:
             return result.fail("DRIVER_STUCK", reply.message)
-        if reply.answers and reply.answers[-1].code in FATAL and living(alive) == alive:
+        if reply.answers and is_fatal(reply.answers[-1]) and living(alive) == alive:
             return result.fail(*explain(reply.answers[-1]))
         check.late_call_possible = check.late_call_possible or reply.fault is CudaFault.LOST
     return result.fail(

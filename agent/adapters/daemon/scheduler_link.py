@@ -11,7 +11,7 @@ import asyncio
 import random
 
 from agent.adapters.daemon.usage_upload import UsageUpload
-from agent.core.errors import HibernodeError
+from agent.core.errors import ConfigError, HibernodeError, PermissionDeniedError, UnauthenticatedError
 from agent.core.types import InstanceState
 from agent.host.instance.actor import Actor
 from agent.host.node.observer import Observer
@@ -31,6 +31,9 @@ HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
 """With the channel's own pause of half a second, a returning scheduler is reached well within two seconds."""
+BACK_OFF_REFUSED_S = 10.0
+"""Longest pause after a refusal that only an operator ends: a wrong token, an address that may not be registered."""
+_REFUSALS = (UnauthenticatedError, PermissionDeniedError, ConfigError)
 
 
 class SchedulerLink:
@@ -95,6 +98,7 @@ class SchedulerLink:
     async def _report(self) -> None:
         pause = BACK_OFF_MIN_S
         while True:
+            longest = BACK_OFF_MAX_S
             stream = self._channel.report_load()
             try:
                 reader = asyncio.create_task(self._read(stream), name="read load answers")
@@ -104,7 +108,10 @@ class SchedulerLink:
                     reader.cancel()
                     await asyncio.gather(reader, return_exceptions=True)
             except HibernodeError as error:
-                if self.connected or error.reason != self._last_error:  # once per cause, not per attempt
+                longest = BACK_OFF_REFUSED_S if isinstance(error, _REFUSALS) else BACK_OFF_MAX_S
+                # Once per cause, not per attempt. STREAM_ENDED is none: it hides the cause that another attempt found.
+                known = error.reason == self._last_error or (self._last_error and error.reason == "STREAM_ENDED")
+                if self.connected or not known:
                     event = "scheduler.lost" if self.connected else "scheduler.not_connected"
                     self._log.warning(event, reason=error.reason, message=error.message)
                     self._last_error = error.reason
@@ -112,7 +119,7 @@ class SchedulerLink:
                 self._log.exception("scheduler.report_crashed")
             finally:
                 stream.close()
-            pause = BACK_OFF_MIN_S if self.connected else min(pause * 2, BACK_OFF_MAX_S)
+            pause = BACK_OFF_MIN_S if self.connected else min(pause * 2, longest)
             self.connected = False
             await asyncio.sleep(pause * (0.5 + random.random()))
 
@@ -145,7 +152,11 @@ class SchedulerLink:
     def _message(self, now: float) -> ReportLoadRequest:
         self._send_now.clear()
         self._sequence += 1
-        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
+        message = ReportLoadRequest(
+            epoch=self._observer.identity.epoch,
+            sequence=self._sequence,
+            monotonic_ns=self._observer.monotonic_ns(),
+        )
         if self._snapshot_due or now >= self._load_due:
             self._load_due = now + HEARTBEAT_S
             self._changed.update(self._load_differences())

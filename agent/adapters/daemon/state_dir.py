@@ -50,9 +50,9 @@ class StateDir:
             ) from error
         try:
             self.uuid = self._identity()
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             os.close(self._lock)
-            raise _unwritable(path, error) from error
+            raise error if isinstance(error, ConfigError) else _unwritable(path, error) from error
 
     def __enter__(self) -> StateDir:
         return self
@@ -78,7 +78,13 @@ class StateDir:
         file = self.path / "uuid"
         if not file.exists():
             write_atomically(file, str(uuid.uuid4()).encode())
-        return file.read_text(encoding="ascii").strip()
+        try:
+            text = file.read_text(encoding="ascii").strip()
+            uuid.UUID(text)
+        except ValueError:  # with another uuid the containers of this directory would be taken for another's
+            message = f"{file} is damaged; restore it, or take the state_uuid of an {self.path}/instances/*/handle.json"
+            raise ConfigError("STATE_DIR_DAMAGED", message) from None
+        return text
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from agent.core.errors import HibernodeError
+from agent.core.billing.window import UsageWindow
+from agent.core.errors import HibernodeError, InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import LedgerStore
 from agent.v1.usage_service_pb2 import UploadUsageWindowsRequest
@@ -29,6 +30,7 @@ class UsageUpload:
         self._store = store
         self._interval_s = interval_s
         self._log = get_logger()
+        self._last_error = ""
 
     async def run(self) -> None:
         """Upload batch after batch, with a pause of `interval_s` when nothing is left or an upload fails."""
@@ -36,8 +38,11 @@ class UsageUpload:
             more = False
             try:
                 more = await self.upload_once()
+                self._last_error = ""
             except HibernodeError as error:
-                self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                if error.reason != self._last_error:  # once per cause, not per attempt
+                    self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                    self._last_error = error.reason
             except Exception:
                 self._log.exception("usage.upload_crashed")
             if not more:
@@ -51,13 +56,22 @@ class UsageUpload:
         windows = await self._store.unacknowledged(UPLOAD_BATCH)
         if not windows:
             return False
-        protos = [window_to_proto(replace(window, node=self.node_name)) for window in windows]
-        request = UploadUsageWindowsRequest(windows=protos)
+        sent: list[UsageWindow] = []
+        request = UploadUsageWindowsRequest()
+        for window in windows:
+            try:
+                request.windows.append(window_to_proto(replace(window, node=self.node_name)))
+                sent.append(window)
+            except InvalidArgumentError as error:  # it stays in the ledger, and keeps no other back
+                self._log.error("usage.not_sent", instance=window.instance_uid, seq=window.seq, message=error.message)
+                await self._store.refuse([(window.instance_uid, window.seq)])
+        if not sent:
+            return True
         answer = await self._channel.call(self._channel.usage.UploadUsageWindows, request, UPLOAD_TIMEOUT_S)
         marks = {mark.instance_uid: mark.seq for mark in answer.marks}
-        acknowledged = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]
+        acknowledged = [(w.instance_uid, w.seq) for w in sent if w.seq <= marks.get(w.instance_uid, -1)]
         await self._store.acknowledge(acknowledged)
-        open_keys = {(w.instance_uid, w.seq) for w in windows}.difference(acknowledged)
+        open_keys = {(w.instance_uid, w.seq) for w in sent}.difference(acknowledged)
         rejected = [r for r in answer.refusals if (r.instance_uid, r.seq) in open_keys]
         if not rejected:
             return bool(acknowledged) and len(windows) == UPLOAD_BATCH

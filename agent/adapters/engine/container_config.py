@@ -85,6 +85,7 @@ def _environment(spec: StartSpec, options: PlanOptions) -> dict[str, str]:
         port=spec.instance.function.port,
         state_uuid=options.state_uuid,
         visible_devices=options.attachment.visible_devices,
+        sees_all_gpus=options.attachment.sees_all_gpus,
         inherited_libraries=options.image_environment.get(LIBRARIES, ""),
     )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,13 +47,15 @@ GENERATE = "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cd
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """GPU settings of a container. `devices`: CDI names for the libpod API. `binds`: `host:container[:ro]`.
-    `visible_devices`: NVIDIA_VISIBLE_DEVICES, which overrides the image's."""
+    `visible_devices`: NVIDIA_VISIBLE_DEVICES, which overrides the image's. `sees_all_gpus`: the container may reach
+    GPUs that are not its own, so that only CUDA_VISIBLE_DEVICES tells it which are."""
 
     method: AttachMethod = "none"
     device_requests: tuple[Mapping[str, Any], ...] = ()
     devices: tuple[str, ...] = ()
     binds: tuple[str, ...] = ()
     visible_devices: str = NO_DEVICES
+    sees_all_gpus: bool = False
 
 
 NO_GPUS = Attachment()
@@ -74,6 +76,13 @@ def attach_gpus(
     if not gpu_uuids:
         return NO_GPUS
     device_names = (ALL,) if all_gpus else tuple(gpu_uuids)
+    found = _attachment(settings, engine, cdi_devices, device_names)
+    return replace(found, sees_all_gpus=all_gpus or found.method == "mounts")
+
+
+def _attachment(
+    settings: GpuSettings, engine: EngineFacts, cdi_devices: frozenset[str], device_names: Sequence[str]
+) -> Attachment:
     match settings.attach:
         case "mounts":
             return Attachment("mounts", binds=settings.mounts.binds)

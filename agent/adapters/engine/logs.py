@@ -76,7 +76,7 @@ class EngineLogs:
         The engine counts lines, so the tail is read first to find its number of lines; lines written between the two
         requests shift it. Raises as `read` does; UnavailableError also when the engine goes away midway."""
         last = await self.read(container_id, tail_bytes)
-        lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
+        lines = last.count(b"\n") + (not last.endswith(b"\n")) if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
         async with (
             self._api.stream() as docker,
             aclosing(_payloads(docker, container_id, lines, follow=True)) as payloads,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from agent.adapters.cuda.processes import CudaProcessList, release
-from agent.adapters.freezer.limits import RELIST, all_in, broken, failure, is_fatal, refused
+from agent.adapters.freezer.limits import RELIST, all_in, broken, ends_fatally, failure, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.core.errors import HibernodeError, PreconditionError
@@ -171,7 +171,7 @@ class FreezeSequence:
         self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
         """Roll back a checkpoint: REFUSED with `reason` if everything runs again, else BROKEN."""
-        if is_fatal(reply):
+        if ends_fatally(reply):
             died = tracked.died
             self._instances.untrack(handle)
             return _died(message, reply.driver_ns) if died else broken(reason, message, reply.driver_ns)
@@ -191,5 +191,6 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
 
 
 def _left_locked(tracked: TrackedCudaProcesses) -> bool:
-    """Whether a lock call that counted as lost may have run after all: no state but RUNNING and LOCKED is seen."""
-    return {process.state for process in tracked.processes} <= {CudaState.RUNNING, CudaState.LOCKED}
+    """Whether a lock call that counted as lost has run after all: LOCKED is seen, and nothing but that and RUNNING."""
+    states = {process.state for process in tracked.processes}
+    return CudaState.LOCKED in states and states <= {CudaState.RUNNING, CudaState.LOCKED}

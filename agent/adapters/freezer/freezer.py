@@ -9,7 +9,7 @@ driver. Rules and faults: agent/docs/facts/gpu-checkpoint.md, sections 3, 4 and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from agent.adapters.cuda.processes import CudaProcessFinder, Pids
 from agent.adapters.freezer.freeze import FreezeSequence
@@ -57,8 +57,8 @@ class CudaFreezer:
         """`Freezer.checkpoint`. Raises PreconditionError NOT_LOCKED."""
         return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.checkpoint(handle))
 
-    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        return self._watch_if_running(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str], gpu_uuids: Sequence[str] = ()) -> FreezeResult:
+        return self._watch_if_running(Outcome.OK, handle, await self._wake.wake(handle, gpu_map, gpu_uuids))
 
     def _watch_if_running(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
         """`outcome` means that the instance runs now: watch it if a driver call on it was lost."""

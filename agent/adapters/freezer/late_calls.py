@@ -41,11 +41,13 @@ class LateCalls:
         self._watched: dict[str, _Watched] = {}
 
     async def suspend(self, handle: Handle) -> None:
-        """Stop watching, because an operation begins. Returns once no reading or rollback is in progress."""
-        watch = self._watched.pop(handle.uid, None)
+        """Stop watching, because an operation begins. Returns once no reading or rollback is in progress; a caller that
+        does not wait so long leaves the watch as it is."""
+        watch = self._watched.get(handle.uid)
         if watch is not None:
             async with watch.reading:
                 watch.task.cancel()
+                self._end(handle, watch.task)
 
     def resume(self, handle: Handle) -> None:
         """The instance runs again: watch it if calls may run late."""
@@ -69,7 +71,13 @@ class LateCalls:
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
             async with reading:
                 await self._undo_late_call(handle)
-        self._watched.pop(handle.uid, None)
+        self._end(handle, asyncio.current_task())
+
+    def _end(self, handle: Handle, task: asyncio.Task[None] | None) -> None:
+        """Drop the watch that `task` is, but no later one of the same instance."""
+        watch = self._watched.get(handle.uid)
+        if watch is not None and watch.task is task:
+            del self._watched[handle.uid]
 
     async def _undo_late_call(self, handle: Handle) -> None:
         """Unlock and restore what a late call has locked or checkpointed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.adapters.cuda.result_codes import FATAL, explain
+from agent.adapters.cuda.result_codes import explain, is_fatal
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
 from agent.settings import GpuSettings
@@ -90,6 +90,6 @@ def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tup
     return reason or "CUDA_STATE_STALE", message or stale
 
 
-def is_fatal(reply: CudaReply) -> bool:
-    """The last answer is fatal (304): nothing that the driver reports of the process after it can be trusted."""
-    return bool(reply.answers) and reply.answers[-1].code in FATAL
+def ends_fatally(reply: CudaReply) -> bool:
+    """The last answer is fatal: nothing that the driver reports of the process after it can be trusted."""
+    return bool(reply.answers) and is_fatal(reply.answers[-1])

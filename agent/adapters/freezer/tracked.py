@@ -166,12 +166,24 @@ class FreezerRegistry:
             case FreezerState.FREEZING | FreezerState.FROZEN:
                 return refused("EXTERNALLY_FROZEN", "the instance was paused from outside; resume it first")
 
-    async def run(self, tracked: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
-        """`Checkpointer.run` if all tracked processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
+    async def run(
+        self,
+        tracked: TrackedCudaProcesses,
+        calls: Sequence[CudaCall],
+        deadline_s: float,
+        gpu_uuids: Sequence[str] | None = None,
+    ) -> CudaReply:
+        """`Checkpointer.run` if all tracked processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended.
+        `gpu_uuids`: None = those that their memory is on, or was."""
         if tracked.died:  # its pid may soon name another process
             return CudaReply((), CudaFault.NOT_BEGUN, "CUDA_PROCESS_DIED", "a CUDA process has ended")
         return await run_watching(
-            self.checkpointer, tracked.processes, calls, deadline_s, tracked.gpu_uuids, self.limits.death_grace_s
+            self.checkpointer,
+            tracked.processes,
+            calls,
+            deadline_s,
+            tracked.gpu_uuids if gpu_uuids is None else gpu_uuids,
+            self.limits.death_grace_s,
         )
 
     async def rollback(

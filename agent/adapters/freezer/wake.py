@@ -8,12 +8,12 @@ GPUs too. Room is checked before the thaw, not during it: threads must not run f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent.adapters.cuda.processes import stable_states
 from agent.adapters.cuda.result_codes import CudaResult
-from agent.adapters.freezer.limits import all_in, broken, failure, is_fatal, refused
+from agent.adapters.freezer.limits import all_in, broken, ends_fatally, failure, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.core.errors import DeadlineError, HibernodeError
@@ -28,11 +28,13 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _WakeRequest:
-    """One wake: the processes, and the GPUs to restore them on (old uuid -> new uuid)."""
+    """One wake: the processes, the map to restore them by (old uuid -> new uuid of every GPU), and the GPUs that they
+    are restored on (empty = unknown)."""
 
     handle: Handle
     tracked: TrackedCudaProcesses
     gpu_map: Mapping[str, str]
+    gpu_uuids: frozenset[str]
 
     def calls(self) -> list[CudaCall]:
         pairs = tuple(self.gpu_map.items())
@@ -51,7 +53,7 @@ class WakeSequence:
         self._vram_probe = vram_probe
         self._checks: set[asyncio.Task[None]] = set()
 
-    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str], gpu_uuids: Sequence[str] = ()) -> FreezeResult:
         """`Freezer.wake`. Does not verify room for an image of unknown size, or if NVML does not answer in time."""
         gpu_map = {} if all(old == new for old, new in gpu_map.items()) else gpu_map
         tracked = self._instances.get(handle)
@@ -66,9 +68,11 @@ class WakeSequence:
         found = tracked or await self._instances.discover(handle)
         if isinstance(found, FreezeResult):
             return await self._refuse(handle, found) if found.outcome is Outcome.REFUSED else found
-        request = _WakeRequest(handle, found, gpu_map)
+        # Not known from the image if an earlier agent froze it: then the caller's word is all there is.
+        request = _WakeRequest(handle, found, gpu_map, frozenset(found.needs(gpu_map) or gpu_uuids))
         self._instances.restored.add(handle.uid)
-        reply = await self._instances.run(found, request.calls(), self._instances.copy_deadline_s(found))
+        deadline_s = self._instances.copy_deadline_s(found)
+        reply = await self._instances.run(found, request.calls(), deadline_s, sorted(request.gpu_uuids))
         if not all_in(reply, CudaState.RUNNING, len(found.processes)):
             return await self._after_failure(request, reply)
         self._instances.track(handle, found.moved(gpu_map))
@@ -88,7 +92,7 @@ class WakeSequence:
         reason, message = failure(reply)
         if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
-        if reply.fault is CudaFault.STUCK or is_fatal(reply):
+        if reply.fault is CudaFault.STUCK or ends_fatally(reply):
             return broken(reason, message, reply.driver_ns)
         if reply.fault is CudaFault.NOT_BEGUN:
             return await self._instances.freeze_again(request.handle, refused(reason, message))
@@ -127,8 +131,8 @@ class WakeSequence:
 
     async def _finish_late_wake(self, request: _WakeRequest, driver_ns: int) -> FreezeResult:
         """It runs, but without a clean reply: a hung restore, perhaps of an earlier wake with another map, may have
-        woken it. NVML shows where, unless the image's size is unknown; without an answer a migration is BROKEN."""
-        expected = frozenset(request.tracked.needs(request.gpu_map))
+        woken it. NVML shows where; without an answer a migration is BROKEN."""
+        expected = request.gpu_uuids
         if expected:
             try:
                 seen_on = await self._vram_probe.gpus_of(request.tracked.pids)
@@ -144,21 +148,21 @@ class WakeSequence:
     def _check_placement_later(self, request: _WakeRequest) -> None:
         """After a migration: check that NVML shows the instance on the new GPUs only. The driver reported success, so
         the request does not wait. A wrong placement is only logged here; the GPU isolation check acts on it."""
-        expected = frozenset(request.tracked.needs(request.gpu_map))
-        if not expected or self._checks:  # one check at a time: NVML has one thread
+        if not request.gpu_uuids or self._checks:  # one check at a time: NVML has one thread
             return
-        check = asyncio.create_task(self._check_placement(request, expected), name=f"placement of {request.handle.uid}")
+        check = asyncio.create_task(self._check_placement(request), name=f"placement of {request.handle.uid}")
         self._checks.add(check)
         check.add_done_callback(self._checks.discard)
 
-    async def _check_placement(self, request: _WakeRequest, expected: frozenset[str]) -> None:
+    async def _check_placement(self, request: _WakeRequest) -> None:
         try:
             seen_on = await self._vram_probe.gpus_of(request.tracked.pids)
         except HibernodeError as error:
             _log.warning("wake.place_not_verified", instance=request.handle.uid, reason=error.reason)
             return
-        if not seen_on <= expected:
-            _log.error("wake.on_wrong_gpu", instance=request.handle.uid, detail=_wrong_gpus(seen_on, expected))
+        if not seen_on <= request.gpu_uuids:
+            detail = _wrong_gpus(seen_on, request.gpu_uuids)
+            _log.error("wake.on_wrong_gpu", instance=request.handle.uid, detail=detail)
 
 
 def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent.adapters.kernel import cgroup, cgroup_v1_freezer, process_table
 from agent.core.errors import DeadlineError, PreconditionError
+from agent.core.instance_variables import INSTANCE_VARIABLE
 from agent.core.types import Handle, ProcessId
 from agent.ports import FREEZE_DEADLINE_S, FreezerState, ProcessFreezer
 
@@ -172,9 +173,6 @@ class SignalFreezer:
             if process_table.send_signal(process, self._boot_id, number):
                 found.add(stat.pid)
         return found
-
-
-INSTANCE_VARIABLE = "HIBERNODE_INSTANCE"
 
 
 def instance_mark(state_uuid: str, uid: str) -> str:

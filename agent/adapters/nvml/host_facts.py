@@ -14,7 +14,7 @@ import pynvml
 
 from agent.adapters.cuda.utility_program import find_utility
 from agent.core.errors import UnavailableError
-from agent.core.gpus.capabilities import HostFacts, NvmlTrouble
+from agent.core.gpus.host_facts import HostFacts, NvmlTrouble, is_open_module, may_trace
 from agent.core.types import Gpu
 from agent.ports import DriverInfo, Gpus
 from agent.settings import GpuSettings
@@ -105,7 +105,7 @@ async def _failing(gpus: Gpus) -> tuple[int, bool]:
     return len(found.unanswered), bool(found.unanswered - found.lost)
 
 
-def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
+def host_facts(survey: GpuSurvey, settings: GpuSettings, proc: Path = Path("/proc")) -> HostFacts:
     """Everything that decides about idle mode on this host."""
     utility, problem = find_utility(Path(settings.utility_path))
     return HostFacts(
@@ -117,12 +117,28 @@ def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
         trouble=survey.trouble,
         trouble_text=survey.trouble_text,
         missing=survey.missing,
+        open_module=is_open_module(_text(proc / "driver/nvidia/version")),
         mps=mps_runs(),
         host_pids=sees_host_pids(),
+        may_trace=may_trace(_text(proc / "self/status")),
+        ptrace_scope=_number(_text(proc / "sys/kernel/yama/ptrace_scope")),
         checkpointer=settings.checkpointer,
         utility=str(utility) if utility is not None else "",
         utility_problem=problem,
     )
+
+
+def _text(path: Path) -> str:
+    """ "" if there is no such file: without a driver, or without Yama."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int:
+    digits = text.strip()
+    return int(digits) if digits.isascii() and digits.isdecimal() else 0
 
 
 def mps_runs() -> bool:

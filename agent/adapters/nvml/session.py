@@ -29,6 +29,7 @@ from pynvml import (
     nvmlDeviceGetMemoryInfo,
     nvmlDeviceGetMigMode,
     nvmlDeviceGetName,
+    nvmlDeviceGetPciInfo,
     nvmlDeviceGetPersistenceMode,
     nvmlDeviceGetPowerUsage,
     nvmlDeviceGetTemperature,
@@ -203,7 +204,13 @@ def _describe(device: _Device) -> Gpu:
         mig=_optional(lambda: nvmlDeviceGetMigMode(handle)[0]) == NVML_DEVICE_MIG_ENABLE,
         compute_mode=_compute_mode(_optional(lambda: nvmlDeviceGetComputeMode(handle))),
         virtual=_optional(lambda: nvmlDeviceGetVirtualizationMode(handle)) == NVML_GPU_VIRTUALIZATION_MODE_VGPU,
+        pci_address=_optional(lambda: _pci_address(handle)),
     )
+
+
+def _pci_address(handle: Any) -> tuple[int, int, int]:
+    found = nvmlDeviceGetPciInfo(handle)
+    return found.domain, found.bus, found.device
 
 
 def _compute_mode(mode: int | None) -> ComputeMode:

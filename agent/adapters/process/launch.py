@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from pathlib import Path
 from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.environment import instance_environment
 from agent.core.errors import ConfigError, InstanceError, InvalidArgumentError
+from agent.core.instance_variables import LISTEN_PORT
 from agent.ports import StartSpec
 
+_PORT = re.compile(rf"\$(?:\{{{LISTEN_PORT}\}}|{LISTEN_PORT}\b)")
+"""In arguments it is replaced, since each instance has another port. No other variable is: a shell can do that."""
 LAUNCHER = Path(__file__).with_name("launcher.py")
 ANSWER_LIMIT_BYTES = 4096
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -59,12 +63,13 @@ def resolve_user(name: str) -> WorkloadUser | None:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """All that the launcher needs to become the workload."""
+    """All that the launcher needs to become the workload. `open_files`: its soft limit, -1 = none; None leaves it."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     folder: Path
     user: WorkloadUser | None
+    open_files: int | None = None
 
     def encode(self) -> bytes:
         """The format that `launcher.py` reads. Raises InvalidArgumentError BAD_COMMAND for values no program can be
@@ -72,6 +77,8 @@ class LaunchPlan:
         records = [("A", value) for value in self.argv]
         records += [("V", f"{name}={value}") for name, value in self.environment.items()]
         records.append(("D", str(self.folder)))
+        if self.open_files is not None:
+            records.append(("L", str(self.open_files)))
         if self.user:
             records += [("U", str(self.user.uid)), ("G", str(self.user.gid))]
             records += [("S", str(group)) for group in self.user.groups]
@@ -82,21 +89,39 @@ class LaunchPlan:
         return b"".join(kind.encode() + os.fsencode(value) + b"\0" for kind, value in records) + b".\0"
 
 
-def make_plan(spec: StartSpec, *, port: int, folder: Path, user: WorkloadUser | None, state_uuid: str) -> LaunchPlan:
+def make_plan(
+    spec: StartSpec,
+    *,
+    port: int,
+    folder: Path,
+    user: WorkloadUser | None,
+    state_uuid: str,
+    open_files: int | None = None,
+) -> LaunchPlan:
     """A clean environment: nothing of the agent's own, the function's variables, then ours (`instance_environment`).
     The workload listens on 127.0.0.1."""
     gpus = "all" if spec.all_gpus and spec.gpu_uuids else ",".join(spec.gpu_uuids)
+    login = user.name if user else _own_login()
     environment = {
         "PATH": DEFAULT_PATH,
         "HOME": str(folder),
-        "USER": user.name if user else "",
+        **({"USER": login, "LOGNAME": login} if login else {}),
         "LANG": "C.UTF-8",
-        **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
+        **instance_environment(
+            spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void", sees_all_gpus=True
+        ),
     }
-    if not environment["USER"]:
-        del environment["USER"]
     function = spec.instance.function
-    return LaunchPlan(function.entrypoint + function.command, environment, folder, user)
+    argv = tuple(_PORT.sub(str(port), word) for word in function.entrypoint + function.command)
+    return LaunchPlan(argv, environment, folder, user, open_files)
+
+
+def _own_login() -> str:
+    """The name of the agent's own user; "" for a number without an account."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
 
 
 def spawn(uid: str, cgroup: str, log_fd: int) -> tuple[int, socket.socket]:

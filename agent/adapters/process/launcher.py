@@ -14,14 +14,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import warnings  # noqa: F401 - os.execvpe imports it, by then as a user who may not read the interpreter's files
 
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+CAPABILITY_VERSION_3 = 0x20080522
 KEYCTL_JOIN_SESSION_KEYRING = 1
-SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+IOPRIO_WHO_PROCESS = 1
+IOPRIO_CLASS_SHIFT, IOPRIO_CLASS_RT = 13, 1
+SYSCALLS = {  # keyctl, ioprio_set, ioprio_get
+    "x86_64": (250, 251, 252),
+    "aarch64": (219, 30, 31),
+}
+ORDINARY_POLICIES = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 EXIT_NO_PLAN = 126
 EXIT_NOT_EXECUTED = 127
 
@@ -41,9 +50,13 @@ def main() -> None:
         os.chdir(plan["D"][0])
         step = "take its user"
         reset_inherited()
+        give_up_precedence()
+        limit_open_files(plan)
         if "U" in plan:
-            leave_privileges()
+            narrow_bounding_set()
         take_identity(plan)
+        if os.geteuid() != 0:
+            drop_capabilities()
         forbid_new_privileges()
         argv = plan["A"]
         step = f"execute {argv[0]!r}"
@@ -70,12 +83,15 @@ def read_plan(control: int) -> dict[str, list[str]] | None:
 
 
 def reset_inherited() -> None:
-    """Undo what the agent or Python has set for itself: signals, umask, protection from the OOM killer."""
+    """Undo what the agent, its service manager or Python has set for the agent alone: signals, umask, the session
+    keyring (a child could read it as its own), protection from the OOM killer."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if signal.getsignal(number) is not signal.SIG_DFL:  # an agent under nohup ignores SIGHUP, and so on
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.umask(0o022)
+    if numbers := SYSCALLS.get(os.uname().machine):
+        ctypes.CDLL(None).syscall(numbers[0], KEYCTL_JOIN_SESSION_KEYRING, None)  # ENOSYS: no keyrings
     try:
         with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as score:
             if int(score.read()) < 0:  # the agent may be protected from the OOM killer; its instances are not
@@ -84,16 +100,42 @@ def reset_inherited() -> None:
         pass
 
 
-def leave_privileges() -> None:
-    """Still as root: drop what a change of user keeps. That is the bounding set, which no later program can widen, and
-    the session keyring, which a child could read as its own."""
+def give_up_precedence() -> None:
+    """Put an agent's precedence over the host's other programs aside; what is below the ordinary (nice 10) stays."""
+    if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK not in ORDINARY_POLICIES:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    if numbers := SYSCALLS.get(os.uname().machine):
+        libc = ctypes.CDLL(None)
+        if libc.syscall(numbers[2], IOPRIO_WHO_PROCESS, 0) >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT:
+            libc.syscall(numbers[1], IOPRIO_WHO_PROCESS, 0, 0)
+
+
+def limit_open_files(plan: dict[str, list[str]]) -> None:
+    """Take back what the agent has raised its soft limit of open files to (programs size tables by it)."""
+    if "L" in plan:
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(plan["L"][0]), hard))
+
+
+def narrow_bounding_set() -> None:
+    """Still as root: drop the bounding set, which a change of user keeps and no later program can widen."""
     libc = ctypes.CDLL(None, use_errno=True)
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EINVAL after the last one
         capability += 1
-    keyctl = SYS_KEYCTL.get(os.uname().machine)
-    if keyctl is not None:
-        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)  # ENOSYS: no keyrings
+
+
+def drop_capabilities() -> None:
+    """Empty all sets of a user other than root. An agent that is not root has its capabilities as ambient ones, which
+    pass through an exec; inheritable ones pass through a change of user too. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    if libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def take_identity(plan: dict[str, list[str]]) -> None:

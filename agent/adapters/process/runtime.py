@@ -19,6 +19,7 @@ from pathlib import Path
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup_freezer import instance_mark
+from agent.adapters.kernel.listening import listening
 from agent.adapters.process import launch
 from agent.adapters.process.launch import LaunchPlan, make_plan, require_explicit_root, resolve_user
 from agent.adapters.runtime.bundles import UID_PATTERN, Bundle, Bundles
@@ -56,6 +57,7 @@ class ProcessRuntimeOptions:
     enabled: bool = False
     user: str = ""  # `runtime.process.user`; "" = the agent's own, which must not be root if `enabled`
     ports: tuple[int, int] = (0, 0)  # first and last that instances may get; (0, 0) = any free one
+    open_files: int | None = None  # soft limit of instances, -1 = none; None = that of the agent
     log_cap_bytes: int = 8 * MIB  # a log is rotated past this
     log_keep: int = 200  # logs of the newest ended instances that stay
 
@@ -131,6 +133,7 @@ class ProcessRuntime:
             folder=self._bundles.scratch(uid),
             user=self._user,
             state_uuid=self._settings.state_uuid,
+            open_files=self._settings.open_files,
         )
         plan.encode()  # raises before anything is made
         try:
@@ -300,6 +303,9 @@ class ProcessRuntime:
         if handle.cgroup:
             return cgroup.procs(Path(handle.cgroup))
         return [stat.pid for stat in self._members(handle)]
+
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        return await asyncio.to_thread(listening, await self.pids(handle))
 
     def _members(self, handle: Handle) -> list[process_table.ProcessStat]:
         mark = instance_mark(self._settings.state_uuid, handle.uid)

@@ -46,12 +46,19 @@ class _Record:
 
 
 @dataclass(frozen=True, slots=True)
+class _Version:
+    """What a record of any version has."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A bundle folder."""
 
     uid: str
     handle: Handle | None  # None: the start did not get as far as a record
-    foreign: bool = False  # of another state directory (a copied folder): never touched
+    foreign: bool = False  # of another state directory (a copied folder), or of a newer version: never touched
     stop_signal: int = 0
 
     @property
@@ -98,10 +105,17 @@ class Bundles:
         if not folder.is_dir():
             return None
         try:
-            record = msgspec.json.decode((folder / "handle.json").read_bytes(), type=_Record)
-        except (FileNotFoundError, msgspec.DecodeError):
-            # Missing, or torn by a power failure: either way no process of this boot belongs to it.
+            data = (folder / "handle.json").read_bytes()
+        except FileNotFoundError:
             return Bundle(uid, None)
+        try:
+            record = msgspec.json.decode(data, type=_Record)
+        except msgspec.DecodeError as error:
+            # Torn by a power failure, then no process of this boot belongs to it; or of a newer version.
+            newer = _is_newer(data)
+            if newer:
+                log.error("runtime.bundle_unreadable", uid=uid, error=str(error))
+            return Bundle(uid, None, foreign=newer)
         return Bundle(uid, record.handle, record.state_uuid != self._state_uuid, record.stop_signal)
 
     def all(self) -> list[Bundle]:
@@ -119,3 +133,10 @@ class Bundles:
             remove_tree(self._folder / uid)
         except OSError as error:
             log.error("runtime.scratch_stays", uid=uid, error=str(error))
+
+
+def _is_newer(data: bytes) -> bool:
+    try:
+        return msgspec.json.decode(data, type=_Version).version > FORMAT
+    except msgspec.DecodeError:
+        return False

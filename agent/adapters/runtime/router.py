@@ -104,6 +104,9 @@ class Runtimes:
     async def pids(self, handle: Handle) -> Sequence[int]:
         return await self._of(handle).pids(handle)
 
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        return await self._of(handle).listening(handle)
+
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         return await self._of(handle).read_log(handle, tail_bytes)
 

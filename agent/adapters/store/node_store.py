@@ -13,9 +13,13 @@ from pathlib import Path
 from agent.adapters.store import schema as rows
 from agent.adapters.store.sqlite_thread import StoreHealth, StoreThread
 from agent.core.billing.window import UsageWindow
-from agent.core.instance_record import InstanceRecord
+from agent.core.instance_record import InstanceRecord, UnreadableRecord
+from agent.log import get_logger
 
 FILE_NAME = "node.db"
+MAX_REPORTED = 1_000
+"""Rows of the ledger that are logged as unreadable, each once."""
+_log = get_logger()
 
 
 class NodeStore:
@@ -23,6 +27,7 @@ class NodeStore:
 
     def __init__(self, thread: StoreThread) -> None:
         self._thread = thread
+        self._reported: set[tuple[object, ...]] = set()
 
     @classmethod
     async def open(
@@ -54,10 +59,13 @@ class NodeStore:
         await self._thread.run(lambda db: db.execute(rows.PUT_INSTANCE, row), durable=True)
 
     async def load_instances(self) -> Sequence[InstanceRecord]:
-        def load(db: sqlite3.Connection) -> list[InstanceRecord]:
-            return [rows.record_of(data) for (data,) in db.execute("SELECT record FROM instances ORDER BY uid")]
+        """Those that can be read."""
+        return [rows.record_of(data) for uid, data in await self._records() if not rows.unreadable_record(uid, data)]
 
-        return await self._thread.run(load)
+    async def unreadable_instances(self) -> Sequence[UnreadableRecord]:
+        """The others."""
+        found = [rows.unreadable_record(uid, data) for uid, data in await self._records()]
+        return [record for record in found if record is not None]
 
     async def delete_instance(self, uid: str) -> None:
         """Idempotent. The usage windows of the instance stay."""
@@ -72,7 +80,8 @@ class NodeStore:
         await self._thread.run(lambda db: db.executemany(rows.UPSERT_WINDOW, values))
 
     async def last_windows(self) -> Sequence[UsageWindow]:
-        return await self._windows(rows.LAST_WINDOWS, ())
+        """Where a row can't be read, an empty window stands for it, so that no `seq` is used twice."""
+        return await self._windows(rows.LAST_WINDOWS, (), stand_in=True)
 
     async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
         return await self._windows(rows.UNACKNOWLEDGED, (limit,))
@@ -101,5 +110,20 @@ class NodeStore:
         values = (started_before_wall_ns, limit)
         return await self._thread.run(lambda db: db.execute(rows.PRUNE, values).rowcount)
 
-    async def _windows(self, query: str, values: tuple[object, ...]) -> list[UsageWindow]:
-        return await self._thread.run(lambda db: [rows.window_of(row) for row in db.execute(query, values)])
+    async def _records(self) -> list[tuple[str, bytes]]:
+        statement = "SELECT uid, record FROM instances ORDER BY uid"
+        return await self._thread.run(lambda db: db.execute(statement).fetchall())
+
+    async def _windows(self, query: str, values: tuple[object, ...], *, stand_in: bool = False) -> list[UsageWindow]:
+        """The windows of a query. A row that is not a window stays in the file, and takes no other with it."""
+        found = []
+        for row in await self._thread.run(lambda db: db.execute(query, values).fetchall()):
+            try:
+                found.append(rows.window_of(row))
+            except ValueError as error:
+                if row[:2] not in self._reported and len(self._reported) < MAX_REPORTED:
+                    self._reported.add(row[:2])
+                    _log.error("ledger.row_unreadable", instance=row[0], seq=row[1], error=str(error))
+                if stand_in and (empty := rows.empty_window(row)) is not None:
+                    found.append(empty)
+        return found

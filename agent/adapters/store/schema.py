@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from agent.core.billing.window import UsageWindow
-from agent.core.instance_record import InstanceRecord
+from agent.core.instance_record import InstanceRecord, UnreadableRecord
 
 # Entry i migrates from version i to i + 1 (PRAGMA user_version). Never edit one that was released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -77,6 +78,16 @@ PUT_INSTANCE = (
 _RECORD = msgspec.json.Decoder(InstanceRecord)
 
 
+@dataclass(frozen=True, slots=True)
+class _Remnant:
+    """What a record of any version may still tell."""
+
+    gpu_uuids: tuple[str, ...] = ()
+
+
+_REMNANT = msgspec.json.Decoder(_Remnant)
+
+
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring the schema to the newest version, a transaction per step. ValueError if it is newer than this program."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -112,6 +123,19 @@ def window_of(row: Sequence[object]) -> UsageWindow:
     return msgspec.convert(values, UsageWindow)
 
 
+def empty_window(row: Sequence[object]) -> UsageWindow | None:
+    """In place of a row that is not a window: an empty one that has ended, in no boot. So the ledger goes on behind it,
+    and nothing is billed for it. None if not even its key can be read."""
+    uid, seq = row[:2]
+    if not isinstance(uid, str) or not isinstance(seq, int):
+        return None
+    return UsageWindow(
+        instance_uid=uid, seq=seq, node="", boot_id="", function="", state="", gpu_model="", gpu_uuids=(), gpu_count=0,
+        gpu_memory_bytes=0, vcpu_millis=0, memory_bytes=0, disk_bytes=0, start_mono_ns=0, end_mono_ns=0,
+        start_wall_ns=0, active_ns=0, idle_ns=0, unbilled_ns=0, invocations=0, estimated=True, sealed=True,
+    )  # fmt: skip
+
+
 def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:
     """A record as JSON, so that it survives changes of the types: new fields get their defaults."""
     return record.spec.uid, record.phase.value, msgspec.json.encode(record)
@@ -120,3 +144,16 @@ def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:
 def record_of(data: bytes) -> InstanceRecord:
     """Raises msgspec.DecodeError (a ValueError) if the bytes are not a record."""
     return _RECORD.decode(data)
+
+
+def unreadable_record(uid: str, data: bytes) -> UnreadableRecord | None:
+    """None if the bytes are a record."""
+    try:
+        _RECORD.decode(data)
+    except ValueError as error:
+        try:
+            gpus = _REMNANT.decode(data).gpu_uuids
+        except ValueError:
+            gpus = ()
+        return UnreadableRecord(uid, gpus, str(error))
+    return None

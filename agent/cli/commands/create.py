@@ -61,6 +61,9 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
         try:
             await _print_progress(channel, request, creating)
             return (await creating).instance
+        except HibernodeError:
+            await _show_failed(channel, request)
+            raise
         finally:
             creating.cancel()
 
@@ -73,6 +76,15 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
     if found.state == types_pb2.Instance.STATE_FAILED:
         why = found.state_message or "it ended before it was ready; `hibernode logs` shows what it printed"
         raise InstanceError(found.state_reason or "INSTANCE_FAILED", f"{found.uid}: {why}")
+
+
+async def _show_failed(channel: DaemonChannel, request: pb.CreateInstanceRequest) -> None:
+    """Prints the uid of the instance that the failed call has made, if it made one, and how to see more of it."""
+    with suppress(HibernodeError):  # the call's own error is reported
+        for one in await list_instances(channel, request.spec.name, include_ended=True):
+            if one.request_id == request.request_id:
+                note(f"{one.uid} of {one.function}: {state_of(one)}; `hibernode logs {one.uid}` shows what it printed")
+                show_text("" if cli_options().json else f"{one.uid}\n")
 
 
 async def _print_progress(

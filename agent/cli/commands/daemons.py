@@ -15,8 +15,9 @@ def _become(daemon: str, config: str) -> None:
     if not os.access(config, os.R_OK):
         known = f"systemd/{daemon}.example.yaml in the sources explains every key"
         raise ConfigError("CONFIG_UNREADABLE", f"{config} can't be read; name a file with --config ({known})")
-    # -P: never import a folder `agent` of the working directory as root.
-    arguments = [sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", config]
+    # -P: never import a folder `agent` of the working directory as root. -X is for `ps aux | grep hibernode`.
+    flags = ("-P", "-X", f"hibernode={daemon}")
+    arguments = [sys.executable, *flags, "-m", f"agent.daemons.{daemon}", "--config", config]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, arguments)

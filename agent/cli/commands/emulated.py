@@ -13,6 +13,7 @@ import click
 from agent.cli.commands.emulated_fault import COMPUTE_MODES, AnyCase, fault, show_faults
 from agent.cli.options import cli_options, output_option, timeout_option
 from agent.core.errors import DeadlineError, UnavailableError
+from agent.core.gpus.speeds import CARDS
 from agent.emulated.profiles import PROFILES
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ emulated.add_command(fault)
 @click.option("--gib", default=16.0, show_default=True, help="GiB of each GPU; uses host memory once allocated.")
 @click.option("--model", default="T4", show_default=True, help="GPUs are named `Emulated MODEL`.")
 @click.option("--bandwidth", default="0", show_default=True, help="Of a restore, such as 8GB/s; 0 = memory speed.")
+@click.option(
+    "--card", type=click.Choice(tuple(CARDS)), help="Be as slow as this card's driver, instead of --bandwidth."
+)
 @click.option("--fixed-us", default=0, show_default=True, help="Additional microseconds for each operation.")
 @click.option("--persistence/--no-persistence", default=True, show_default=True, help="Persistence mode.")
 @click.option("--mig/--no-mig", default=False, show_default=True, help="MIG mode (A100, H100, ...).")
@@ -72,6 +76,7 @@ def up(
     gib: float,
     model: str,
     bandwidth: str,
+    card: str | None,
     fixed_us: int,
     persistence: bool,
     mig: bool,
@@ -97,6 +102,7 @@ def up(
         compute_mode=parse_compute_mode(compute_mode),
         bandwidth_bytes_s=parse_bandwidth(bandwidth),
         fixed_us=fixed_us,
+        card=card or "",
     )
     uvloop.run(run(options))
 

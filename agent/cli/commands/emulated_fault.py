@@ -128,6 +128,7 @@ def add(
       STALE   returns success without doing anything
       FAILED  OPERATING_SYSTEM, and the process's state is FAILED from then on
       SLOW    the operation takes --delay longer
+      CHECKPOINTING, RESTORING  of state only: answers this state
 
     \b
     Examples:

@@ -12,6 +12,12 @@ from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
 
+_NEXT = {
+    pb.StartFailure.NEXT_TRY_UNDER_WAY: "the next is under way",
+    pb.StartFailure.NEXT_TRY_WAITING: "the next once there is room",
+    pb.StartFailure.NEXT_TRY_GIVEN_UP: "given up until the next deploy",
+}
+
 
 @click.group(invoke_without_command=True)
 @scheduler_options
@@ -41,17 +47,18 @@ def list_() -> None:
         show_json({"functions": [to_json(one) for one in found]})
         return
     show_table(
-        ("FUNCTION", "STATE", "INSTANCES", "AWAKE", "QUEUED", "URL", "DEPLOYED", "ERROR"),
+        ("FUNCTION", "REVISION", "STATE", "INSTANCES", "AWAKE", "QUEUED", "URL", "DEPLOYED", "ERROR"),
         (
             (
                 one.name,
+                revisions_of(one),
                 state_of(one),
                 f"{one.current}/{one.target}",
                 str(one.awake),
                 str(one.queued),
                 one.url or "-",
                 clock(one.update_time),
-                one.current_error_reason or "-",
+                error_of(one),
             )
             for one in found
         ),
@@ -98,6 +105,46 @@ def state_of(function: pb.Function) -> str:
     return short_name(pb.Function.State.DESCRIPTOR, function.state)
 
 
+def last_failure(failure: pb.StartFailure) -> str:
+    """When and where the last start failed, which attempt it was, and when the next one follows."""
+    where = " ".join(filter(None, (failure.node and f"on {failure.node}", failure.uid)))
+    attempt = f"attempt {failure.attempt} of {failure.max_attempts}"
+    return ", ".join(filter(None, (clock(failure.time), where, attempt, next_try(failure))))
+
+
+def next_try(failure: pb.StartFailure) -> str:
+    """When the failed start is tried again."""
+    if failure.next_try == pb.StartFailure.NEXT_TRY_SCHEDULED:
+        return f"the next at {clock(failure.next_try_time)}"
+    return _NEXT.get(failure.next_try, "")
+
+
+def _failure_lines(found: pb.Function) -> list[tuple[str, str]]:
+    if not found.HasField("last_failure"):
+        return []
+    failure = found.last_failure
+    lines = [("Last failure", f"{failure.reason}, {last_failure(failure)}")]
+    if failure.uid:
+        lines.append(("Its log", f"hibernode logs {failure.uid}, on {failure.node}"))
+    return lines
+
+
+def error_of(one: pb.Function) -> str:
+    """What is in the way, and the last failed start: `NO_FREE_GPU; IMAGE_PULL_FAILED 2/5`."""
+    if not one.HasField("last_failure"):
+        return one.current_error_reason or "-"
+    failure = one.last_failure
+    failed = f"{failure.reason} {failure.attempt}/{failure.max_attempts}"
+    return failed if one.current_error_reason == failure.reason else f"{one.current_error_reason}; {failed}"
+
+
+def revisions_of(one: pb.Function) -> str:
+    """The deployed revision, and those that run if they are others: `3 (runs 2)`."""
+    running = [found.revision for found in one.running]
+    deployed = one.spec.revision
+    return deployed if running in ([], [deployed]) else f"{deployed} (runs {', '.join(running)})"
+
+
 def _show(found: pb.Function) -> None:
     spec = found.spec
     idle = spec.idle_policy
@@ -108,6 +155,8 @@ def _show(found: pb.Function) -> None:
         (
             ("Function", f"{found.name} (revision {spec.revision})"),
             ("State", " ".join(filter(None, (state_of(found), found.current_error_reason, found.current_error)))),
+            *_failure_lines(found),
+            ("Running", ", ".join(f"revision {one.revision}: {one.current}" for one in found.running)),
             ("URL", found.url),
             ("Instances", f"{found.current} of {found.target}, {found.awake} awake"),
             ("Queued", f"{found.queued} of {spec.queue_length} at most"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import click
 
@@ -18,14 +19,35 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import to_json
 
+MAX_LINES = 1_000_000_000
 READ_S = 60.0
 FOLLOW_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """How much of a log to print: its last lines, or its last bytes; None and 0 mean all of it."""
+
+    lines: int | None = None
+    size_bytes: int = 0
+
+
+def tail_of(value: str) -> Tail:
+    """Parses a number of lines (`100`, `0`), a size (`64KiB`) or `all`."""
+    if value == "all":
+        return Tail()
+    if value.isdecimal() and value.isascii():
+        return Tail(lines=min(int(value), MAX_LINES) if len(value) < 20 else MAX_LINES)
+    try:
+        return Tail(size_bytes=bytes_of(value))
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{value[:60]!r} is neither a number of lines nor a size such as 64KiB") from error
 
 
 @click.command()
 @click.argument("uid")
 @click.option(
-    "--tail", "tail_bytes", type=bytes_of, metavar="SIZE", help="Only the last SIZE, such as 64KiB; default: all."
+    "--tail", "-n", type=tail_of, metavar="LINES", help="Only the last LINES, or a size such as 64KiB; default: all."
 )
 @click.option("--follow", "-f", is_flag=True, help="Continue with new output until the instance ends or Ctrl-C.")
 @click.option(
@@ -36,7 +58,7 @@ FOLLOW_S = 86_400.0
     help="Longest wait; default: 1m, with --follow a day.",
 )
 @agent_options
-def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None) -> None:
+def logs(uid: str, tail: Tail | None, follow: bool, timeout_s: float | None) -> None:
     """Print what an instance wrote to stdout and stderr, oldest first.
 
     Pipes get every byte; on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB
@@ -46,13 +68,16 @@ def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None
     \b
     Examples:
       hibernode logs i-3f9a
-      hibernode logs i-3f9a --tail 64KiB
+      hibernode logs i-3f9a --tail 100
       hibernode logs -f i-3f9a | grep --line-buffered ERROR
     """
     limit_s = timeout_s if timeout_s is not None else FOLLOW_S if follow else READ_S
 
     async def copy_output(channel: DaemonChannel) -> None:
-        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0, follow=follow)
+        wanted = tail or Tail()
+        request = pb.GetInstanceLogsRequest(
+            uid=uid, tail_bytes=wanted.size_bytes, tail_lines=wanted.lines, follow=follow
+        )
         writer = stdout_writer()
         async for chunk in channel.stream(channel.instances.GetInstanceLogs, request, limit_s):
             writer.write(chunk.data)

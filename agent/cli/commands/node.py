@@ -9,6 +9,7 @@ from agent.cli.console.output import note, show_json, show_pairs, show_table, sh
 from agent.cli.console.units import age, clock, gpu_names, size
 from agent.cli.daemon_calls import SHORT_S, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_option, scheduler_options, timeout_option
+from agent.core.provisioning.model import Scheduling
 from agent.v1 import node_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
@@ -135,7 +136,7 @@ def _show_fleet(nodes: list[types_pb2.Node]) -> None:
                 size(one.host_memory.total_bytes),
                 size(one.host_memory.reserved_bytes),
                 one.driver_version or "-",
-                f"{age(one.report_time)} ago" if one.HasField("report_time") else "-",
+                f"{age(one.report_time)} ago" if one.HasField("report_time") else "never",
             )
             for one in nodes
         ),
@@ -221,8 +222,11 @@ def _state(found: types_pb2.Node) -> str:
 
 def _scheduling(found: types_pb2.Node) -> str:
     """The scheduling mode, such as CORDONED; "" in an agent's answer, which does not have it."""
-    known = found.scheduling != types_pb2.Node.SCHEDULING_UNSPECIFIED
-    return short_name(types_pb2.Node.Scheduling.DESCRIPTOR, found.scheduling) if known else ""
+    if found.scheduling == types_pb2.Node.SCHEDULING_UNSPECIFIED:
+        return ""
+    name = short_name(types_pb2.Node.Scheduling.DESCRIPTOR, found.scheduling)
+    known = name in Scheduling.__members__  # else a newer scheduler's
+    return Scheduling[name].shown(found.instance_count) if known else name
 
 
 def _health(gpu: types_pb2.Gpu) -> str:

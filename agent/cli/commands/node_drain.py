@@ -10,6 +10,7 @@ from agent.cli.commands.ps import list_fleet
 from agent.cli.console.output import note, warn
 from agent.cli.daemon_calls import pages
 from agent.core.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import parse_request_id
 from agent.v1 import function_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
@@ -72,9 +73,11 @@ def _progress(
     """Lines by subject: "" = how many instances are left; a function's name = why its instances stay."""
     counts = Counter(one.function for one in left)
     ending = sum(one.state == types_pb2.Instance.STATE_STOPPING for one in left)
-    listed = ", ".join(f"{count} of {function}" for function, count in sorted(counts.items()))
+    listed = ", ".join(
+        f"{count} of {function}" for function, count in sorted(counts.items(), key=lambda entry: natural_key(entry[0]))
+    )
     lines = {"": f"{name} has {len(left)} instance(s) left ({listed}), {ending} of them finishing their requests"}
-    for function in sorted(counts):
+    for function in sorted(counts, key=natural_key):
         known = functions.get(function)
         if known is not None and known.current_error:
             lines[function] = f"{function}: {known.current_error} ({known.current_error_reason})"

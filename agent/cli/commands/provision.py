@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import click
 import yaml
 
 from agent.cli.commands.deploy import POLL_S, note_waiting
-from agent.cli.console.output import note, show_json, show_text, warn
+from agent.cli.commands.provision_view import QUALIFIER, fields_of, row_of
+from agent.cli.console.output import note, show_json, show_table, show_text, warn
 from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.fc3.load import load_s_yaml
-from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
-from agent.cli.options import cli_options, output_option, s_options, scheduler_options, timeout_option
+from agent.cli.fc3.provision import read_provision, target_of
+from agent.cli.options import (
+    cli_options,
+    output_option,
+    output_or_yaml_option,
+    s_options,
+    scheduler_options,
+    timeout_option,
+)
 from agent.core.errors import ConfigError, DeadlineError, PreconditionError
 from agent.core.provisioning.placement import PASSING
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
-
-QUALIFIER = "LATEST"
 
 _file = click.Path(path_type=Path, dir_okay=False)
 _qualifier = click.option(
@@ -133,23 +138,28 @@ def put(
 @click.argument("function", required=False, default="")
 @scheduler_options
 @s_options
-@output_option
+@output_or_yaml_option
 def list_(function: str) -> None:
     """Show the provisioning of functions and its state: target, current, currentError.
+
+    --output yaml has everything that Function Compute's `s provision list` prints.
 
     \b
     Examples:
       hibernode provision list
+      hibernode provision list ocr --output yaml
       hibernode provision list ocr --output json | jq '.provisions[0].policies'
     """
     found = with_scheduler(lambda channel: list_provisions(channel, function), "listing the provisioning")
     if cli_options().json:
         show_json({"provisions": [to_json(one) for one in found]})
         return
-    for one in found:
-        show_text(yaml.safe_dump({one.function: [_fields(one)]}, sort_keys=False, allow_unicode=True))
-    if not found:
-        note("Nothing is provisioned.")
+    if cli_options().output == "yaml":
+        for one in found:
+            show_text(yaml.safe_dump({one.function: [fields_of(one)]}, sort_keys=False, allow_unicode=True))
+        return
+    columns = ("FUNCTION", "TARGET", "CURRENT", "DECIDED BY", "SCHEDULES", "POLICIES", "ERROR")
+    show_table(columns, map(row_of, found), right=("TARGET", "CURRENT"))
 
 
 @provision.command()
@@ -240,54 +250,3 @@ async def _wait_for_target(channel: DaemonChannel, name: str, timeout_s: float) 
         why = f" ({printed})" if printed else ""
         message = f"the target is not reached after {timeout_s:g} s{why}; see `hibernode provision list`"
         raise DeadlineError("PROVISION_TIMEOUT", message) from error
-
-
-def _fields(found: pb.Provision) -> dict[str, Any]:
-    """The keys that `s provision list` shows."""
-    config = found.config
-    return {
-        "functionName": found.function,
-        "qualifier": QUALIFIER,
-        "resource": f"{found.function}#{QUALIFIER}",
-        "target": found.target,
-        "current": found.current,
-        "currentError": found.current_error or None,
-        "defaultTarget": config.default_target,
-        "decidedBy": found.decided_by or None,
-        "alwaysAllocateGPU": found.always_allocate_gpu,
-        "scheduledActions": [
-            {
-                "name": one.name,
-                "startTime": one.start_time,
-                "endTime": one.end_time,
-                "target": one.target,
-                "scheduleExpression": one.schedule_expression,
-                "timeZone": one.time_zone or "UTC",
-            }
-            for one in config.scheduled_actions
-        ]
-        or None,
-        "targetTrackingPolicies": [
-            {
-                "name": one.name,
-                "startTime": one.start_time,
-                "endTime": one.end_time,
-                "metricType": METRIC_NAMES.get(one.metric_type, ""),
-                "metricTarget": one.metric_target,
-                "minCapacity": one.min_capacity,
-                "maxCapacity": one.max_capacity,
-                "timeZone": one.time_zone or "UTC",
-                "active": state.active,
-                "target": state.target,
-                "metric": round(state.metric, 4) if state.HasField("metric") else None,
-            }
-            for one, state in zip(config.target_tracking_policies, _states(found), strict=True)
-        ]
-        or None,
-    }
-
-
-def _states(found: pb.Provision) -> list[pb.Provision.PolicyState]:
-    """A state for each policy in their order; empty where the scheduler has none yet."""
-    known = {one.name: one for one in found.policies}
-    return [known.get(one.name, pb.Provision.PolicyState()) for one in found.config.target_tracking_policies]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import click
 
 from agent.cli.console.output import show_json, show_table
-from agent.cli.console.units import age, duration, gpu_names, size
+from agent.cli.console.units import age, duration, gpu_names, size, wall_ns
 from agent.cli.daemon_calls import pages, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_option
+from agent.core.gpu_holders import GpuUser, held_by, holders
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
+from agent.wire.gpu_users import gpu_user
 from agent.wire.json_view import short_name, to_json
 
 
@@ -37,15 +39,17 @@ def ps(function: str, include_ended: bool, fleet: bool, quiet: bool) -> None:
 
     doing = "listing the instances"
     if fleet:
-        found = with_scheduler(lambda channel: list_fleet(channel, function), doing)
+        every = with_scheduler(list_fleet, doing)
     else:
-        found = with_agent(lambda channel: list_instances(channel, function, include_ended), doing)
+        every = with_agent(lambda channel: list_instances(channel, "", include_ended), doing)
+    found = [one for one in every if function in ("", one.function)]
     if cli_options().json:
         show_instances_json(found)
     elif quiet:
         click.echo("\n".join(one.uid for one in found), nl=bool(found))
     else:
-        show_instances(found, with_node=fleet)
+        users = [user for one in every if (user := gpu_user(one, one.node)) is not None]
+        show_instances(found, with_node=fleet, waits=holders(users))
 
 
 async def list_instances(
@@ -74,8 +78,11 @@ def show_instances_json(found: Iterable[types_pb2.Instance]) -> None:
     show_json({"instances": [to_json(one) for one in found]})
 
 
-def show_instances(found: Iterable[types_pb2.Instance], with_node: bool = False) -> None:
-    """Prints the table of instances on stdout."""
+def show_instances(
+    found: Iterable[types_pb2.Instance], with_node: bool = False, waits: Mapping[str, GpuUser] | None = None
+) -> None:
+    """Prints the table of instances on stdout. `waits`: who holds the GPU that an instance waits for, by uid."""
+    waits, now_ns = waits or {}, wall_ns()
     columns = ("UID", "FUNCTION", "STATE", "SINCE", "IN", "GPU", "VRAM", "HOST", "WAKES", "LAST WAKE", "AGE", "REASON")
     rows = (
         (
@@ -90,7 +97,7 @@ def show_instances(found: Iterable[types_pb2.Instance], with_node: bool = False)
             str(one.wake_count),
             duration(one.last_wake.total_ns),
             age(one.create_time),
-            one.state_reason or one.progress or "-",
+            held_by(waits[one.uid], now_ns) if one.uid in waits else one.state_reason or one.progress or "-",
         )
         for one in found
     )

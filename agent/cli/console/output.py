@@ -25,6 +25,7 @@ MAX_WORD_CHARS = 24
 
 # Colours are common in logs and harmless. Other control sequences may control the terminal.
 _COLOUR_OR_UNPRINTABLE = re.compile(r"\x1b\[[0-9;]{0,32}m|[^\n\t]")
+_LINE_END = re.compile(r" *[\r\n]+ *")
 # Characters that JSON does not escape but a terminal may act on: C1 controls and bidirectional marks.
 _UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -67,8 +68,9 @@ def console(stream: TextIO) -> Console:
 
 
 def clean(text: str) -> str:
-    """Replaces control characters by `?`, line ends included, since a cell is one line."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    """Text for one line, such as a cell: line ends become ` / `, tabs a blank, other control characters `?`."""
+    one_line = _LINE_END.sub(" / ", text.strip("\r\n")).replace("\t", " ")
+    return "".join(char if char.isprintable() else "?" for char in one_line)
 
 
 def clean_log(data: bytes) -> str:
@@ -139,8 +141,8 @@ def show_json(document: object) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a message on stderr."""
-    click.echo(clean(text), err=True)
+    """Prints a message on stderr; it may have several lines."""
+    click.echo("\n".join(map(clean, text.splitlines())), err=True)
 
 
 def warn(text: str) -> None:

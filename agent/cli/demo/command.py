@@ -126,7 +126,8 @@ def _has_cgroups(node: types_pb2.Node) -> bool:
 async def _report(
     world: DemoWorld, node: types_pb2.Node, scenario: Scenario, timeline: Timeline, *, ended: bool
 ) -> DemoReport:
-    from agent.cli.demo.report import DemoReport, collect_usage, driver_log, union_ns
+    from agent.cli.demo.report import DemoReport, UsageQuery, collect_usage, driver_log, union_ns
+    from agent.cli.demo.scenario import FUNCTION
 
     tally = scenario.tally
     async with world.agent() as agent, world.scheduler() as scheduler:
@@ -153,7 +154,7 @@ async def _report(
         report.instances = len(instances)
         report.freezes = sum(one.freeze_count for one in instances)
         report.wakes = sum(one.wake_count for one in instances)
-        await collect_usage(report, agent, scheduler, instances)
+        await collect_usage(report, agent, scheduler, instances, UsageQuery(FUNCTION, timeline.began_ns))
         return report
 
 

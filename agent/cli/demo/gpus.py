@@ -57,7 +57,8 @@ class EmulatedGpus:
     def settings(self) -> dict[str, Any]:
         seen = self.exports({})
         del seen["PATH"]
-        return {"instances_per_gpu": INSTANCES_PER_GPU, "max_hold": "2s", **_mounts(seen)}
+        types = {"fc.gpu.ada.1": f"Emulated {GPU_MODEL}"}
+        return {"instances_per_gpu": INSTANCES_PER_GPU, "max_hold": "2s", "types": types, **_mounts(seen)}
 
     def needs(self) -> list[str]:
         return [str(self.directory / "lib" / "libcuda.so.1"), str(self.directory / "driver.sock")]

@@ -40,7 +40,7 @@ class DemoProcesses:
         child = ("-m", "agent.cli.demo.child", str(os.getpid()), module, *arguments)
         with (self._logs / f"{name}.log").open("ab") as log:
             self._children[name] = subprocess.Popen(
-                [sys.executable, "-P", *child],
+                [sys.executable, "-P", "-X", f"hibernode={name}", *child],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

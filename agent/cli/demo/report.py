@@ -12,6 +12,7 @@ from agent.cli.daemon_calls import pages
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.v1 import node_service_pb2, types_pb2, usage_service_pb2
+from agent.wire.convert_time import time_to_proto
 
 CALL_S = 10.0
 MICROSECONDS_PER_MS = 1000
@@ -78,6 +79,19 @@ class DemoReport:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """Selects the usage of one run: a folder that was used before also has that of earlier ones."""
+
+    function: str
+    since_wall_ns: int
+
+    def request(self, **fields: Any) -> usage_service_pb2.ListUsageRequest:
+        """The request to the scheduler, with further fields."""
+        start = time_to_proto(self.since_wall_ns)
+        return usage_service_pb2.ListUsageRequest(function=self.function, start_time=start, **fields)
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed; 0 without values."""
     ranked = sorted(values)
@@ -119,22 +133,22 @@ def union_ns(path: Path) -> int:
 
 
 async def collect_usage(
-    report: DemoReport, agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]
+    report: DemoReport, agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance], query: UsageQuery
 ) -> None:
-    """Adds usage and costs from the scheduler once it has every sealed window of the node, or after CALL_S."""
+    """Adds usage and costs of this run, once the scheduler has all sealed windows of its instances, or after CALL_S."""
     from agent.cli.commands.usage import list_usage
     from agent.cli.demo.processes import comes_true
 
-    report.usage_complete = await comes_true(lambda: _all_arrived(agent, scheduler, instances), CALL_S)
-    whole = await list_usage(scheduler, usage_service_pb2.ListUsageRequest())
+    report.usage_complete = await comes_true(lambda: _all_arrived(agent, scheduler, instances, query), CALL_S)
+    whole = await list_usage(scheduler, query.request())
     _fill_in(report, whole)
 
 
-async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]) -> bool:
+async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance], query: UsageQuery) -> bool:
     """Whether the scheduler has all windows before each open one, and the whole time of ended instances."""
     from agent.cli.commands.usage import list_usage
 
-    request = usage_service_pb2.ListUsageRequest(grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE)
+    request = query.request(grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE)
     windows_of: dict[str, int] = {}
     metered_ns: dict[str, int] = {}
     for row in (await list_usage(scheduler, request)).rows:  # one per GPU model and price

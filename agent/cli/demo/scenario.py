@@ -19,6 +19,7 @@ from agent.cli.demo.world import CALL_S, DemoWorld, WorldProgram
 from agent.core.errors import DeadlineError
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
+from agent.wire.convert_time import time_from_proto
 
 FUNCTION = "filetype"
 PROGRAM = WorldProgram(sys.executable, ("agent.examples.http_app", "magika.types"))
@@ -140,7 +141,10 @@ class Scenario:
             await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
 
     async def instances(self, agent: Any, *, ended: bool = False) -> list[types_pb2.Instance]:
-        return await list_instances(agent, FUNCTION, include_ended=ended)
+        """The example's instances of this run: a folder that was used before also remembers those of earlier runs."""
+        began_ns = self._timeline.began_ns
+        found = await list_instances(agent, FUNCTION, include_ended=ended)
+        return [one for one in found if time_from_proto(one.create_time) >= began_ns]
 
     async def _flip(self, agent: Any) -> None:
         """Rehearses memory corruption by changing a byte of a frozen instance's GPU memory. It must be detected."""

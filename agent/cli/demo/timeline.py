@@ -34,7 +34,8 @@ class Timeline:
 
     def __init__(self, stream: TextIO) -> None:
         self._console = console(stream)
-        self._began_ns = self._since_ns = wall_ns()
+        self.began_ns = self._since_ns = wall_ns()
+        """Wall time of the start. What is older in the demo's folder is of an earlier run."""
         self._aliases: dict[str, str] = {}
         self._entered: dict[str, dict[str, int]] = {}
         self._seen: set[tuple[int, str, str]] = set()
@@ -128,7 +129,7 @@ class Timeline:
     def _line(self, subject: str, text: str, style: str, at_wall_ns: int = 0) -> None:
         from rich.text import Text
 
-        line = Text(f"{((at_wall_ns or wall_ns()) - self._began_ns) / SECOND_NS:6.1f} s  ", style="dim")
+        line = Text(f"{((at_wall_ns or wall_ns()) - self.began_ns) / SECOND_NS:6.1f} s  ", style="dim")
         line.append(f"{subject:<8}", style="bold")
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
         try:

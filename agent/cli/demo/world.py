@@ -291,7 +291,7 @@ def _prepare(state_dir: Path | None) -> Path:
             (home / name).chmod(mode)
         _write_credential(home / "agent" / "token")
         log = home / "requests.jsonl"
-        log.touch()
+        log.write_text("")  # without the requests of an earlier run
         log.chmod(0o666)  # instances may run as another user
     except OSError as error:
         raise PreconditionError(

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from agent.config import MAX_FILE_BYTES
+from agent.config.yaml_file import MAX_FILE_BYTES, value_of
 from agent.core.errors import ConfigError
+from agent.core.sizes import size_text
 
 KeyPath = tuple[str | int, ...]
 
@@ -96,7 +97,7 @@ def read_document(path: Path, environment: Mapping[str, str] = os.environ) -> Do
         message = f"{path} can't be read: {error.strerror}; name the file with -t"
         raise ConfigError("S_YAML_UNREADABLE", message, file=str(path)) from error
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError("S_YAML_INVALID", f"{path} is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+        raise ConfigError("S_YAML_INVALID", f"{path} is larger than {size_text(MAX_FILE_BYTES)}; is it the right file?")
     if path.suffix == ".json":
         content = content.replace(b"\t", b"  ")  # YAML accepts JSON except for tabs, which are only layout in JSON
     loader = None
@@ -134,7 +135,7 @@ class _Reader:
             raise self._document.wrong(path, text)
         match node:
             case yaml.ScalarNode():
-                return Text(self._loader.construct_object(node), node.value)
+                return Text(value_of(self._loader.construct_object(node), node.value), node.value)
             case yaml.SequenceNode():
                 return [self.read(item, (*path, index), depth + 1) for index, item in enumerate(node.value)]
             case yaml.MappingNode():

@@ -7,7 +7,10 @@ from decimal import Decimal
 
 import msgspec
 
+from agent.cli.fc3.meaning import port_notes
 from agent.cli.fc3.schema import Hibernode, HookProps, InstanceLifecycleConfig, Props
+from agent.core.function_rules import HOST_IMAGE
+from agent.core.instance_variables import PORT, replaced_variables
 from agent.core.types import (
     MIB,
     SECOND_NS,
@@ -20,6 +23,7 @@ from agent.core.types import (
     IdleMode,
     IdlePolicy,
     RegistryLogin,
+    VisibleDevices,
     Volume,
 )
 from agent.core.types import Hook as CoreHook
@@ -62,7 +66,7 @@ def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
         queue_timeout_ns=base.queue_timeout_ns if ours.queue_timeout_ns is msgspec.UNSET else ours.queue_timeout_ns,
         node_labels=tuple(sorted((ours.node_labels or {}).items())),
     )
-    return function, list(_notes(props, gpu))
+    return function, [*_notes(props, gpu), *_variable_notes(function)]
 
 
 def explicit_fields(ours: Hibernode) -> frozenset[str]:
@@ -78,7 +82,10 @@ def _gpu(props: Props) -> GpuNeed:
     count = props.hibernode.gpus if props.hibernode.gpus is not None else int(named)
     memory = (config.gpu_memory_size if config is not None else None) or props.gpu_memory_size or 0
     return GpuNeed(
-        count=count, gpu_type=(config.gpu_type if config is not None else None) or "", memory_bytes=memory * MIB
+        count=count,
+        gpu_type=(config.gpu_type if config is not None else None) or "",
+        memory_bytes=memory * MIB,
+        visible_devices=VisibleDevices(props.hibernode.visible_devices.upper()),
     )
 
 
@@ -159,15 +166,17 @@ def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
         yield (("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle is require or prefer")
     if _always_on(props) and props.hibernode.idle not in (None, "never"):
         yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
-    lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()
-    hooks = (
-        ("initializer", lifecycle.initializer),
-        ("preFreeze", lifecycle.pre_freeze),
-        ("preStop", lifecycle.pre_stop),
-    )
-    for key, hook in hooks:
-        if hook is not None and hook.command:
-            yield ("instanceLifecycleConfig", key, "command"), "is not run: only HTTP hooks with a handler are called"
+    container = props.custom_container_config
+    yield from port_notes(container.image, container.port, container.entrypoint or (), container.command or ())
+
+
+def _variable_notes(function: FunctionSpec) -> Iterator[Note]:
+    """Variables of the function that are replaced here, on some nodes at least."""
+    for name, why in replaced_variables(function).items():
+        yield ("environmentVariables", name), f"is replaced: {why}"
+    own_port = dict(function.environment).get(PORT, str(function.port))
+    if function.image != HOST_IMAGE and own_port != str(function.port):
+        yield ("environmentVariables", PORT), f"is not customContainerConfig.port: requests go to {function.port}"
 
 
 def _about_top_level_memory(props: Props) -> str:

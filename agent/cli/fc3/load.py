@@ -18,11 +18,12 @@ import msgspec
 
 from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
 from agent.cli.fc3.function import explicit_fields, function_of
-from agent.cli.fc3.provision import provision_to_proto, target_of, texts_as_written
+from agent.cli.fc3.meaning import MEANING, REFUSED
+from agent.cli.fc3.provision import provision_to_proto, target_of
 from agent.cli.fc3.schema import IGNORED, Props, Trigger, camel
 from agent.config import convert
 from agent.core.errors import ConfigError, InvalidArgumentError, NotFoundError
-from agent.core.function_rules import check_function
+from agent.core.function_rules import HOST_IMAGE, check_function
 from agent.core.types import FunctionSpec
 from agent.v1.function_service_pb2 import ProvisionConfig
 
@@ -38,7 +39,7 @@ _AS_WRITTEN: tuple[KeyPath, ...] = (
     ("hibernode", "extraHosts"),
     ("hibernode", "nodeLabels"),
 )
-"""Texts that YAML would convert: a password 0123 to a number, a user 1000:1000 to 61000."""
+"""Texts that YAML would convert, such as a password 123 to a number."""
 _KEYS: dict[str, KeyPath] = {
     "container.shm_bytes": ("hibernode", "shmSize"),
     "container.user": ("hibernode", "user"),
@@ -200,9 +201,13 @@ class _Pruner:
     def __init__(self, document: Document, warnings: list[str]) -> None:
         self._document = document
         self._warnings = warnings
+        self._on_host = False
 
     def pruned(self, tree: dict[str, object], path: KeyPath) -> dict[str, object]:
         """The props with only keys that `Props` knows."""
+        container = tree.get("customContainerConfig")
+        image = container.get("image") if isinstance(container, dict) else None
+        self._on_host = isinstance(image, Text) and image.written == HOST_IMAGE
         pruned = self._walk(tree, msgspec.inspect.type_info(Props), path, "")
         assert isinstance(pruned, dict)
         return pruned
@@ -221,12 +226,19 @@ class _Pruner:
                 for key, value in tree.items():
                     name = f"{generic}.{key}".removeprefix(".")
                     if key in known:
+                        self._warn_of_runtime(name, (*path, key), value)
                         kept[key] = self._walk(value, known[key], (*path, key), name)
                     else:
                         self._left_out(name, (*path, key), list(known))
                 return kept
             case _:
                 return tree
+
+    def _warn_of_runtime(self, name: str, path: KeyPath, value: object) -> None:
+        """Names a key without meaning on the function's runtime."""
+        lacks = MEANING[name].lacks(self._on_host)
+        if lacks and lacks != REFUSED and not (isinstance(value, Text) and value.value is None):
+            self._warnings.append(f"{self._document.at(path)}: {lacks}")
 
     def _left_out(self, name: str, path: KeyPath, known: list[str]) -> None:
         if name.startswith("triggers[].triggerConfig") and name not in IGNORED and not self._is_http(path[:-2]):
@@ -254,9 +266,6 @@ def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
 
 def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
     """Plain values, with `_AS_WRITTEN` as text, units added to durations, and empty sections removed."""
-    provision = used.get("provisionConfig")
-    if isinstance(provision, dict):
-        used = used | {"provisionConfig": texts_as_written(provision)}
     values = plain(used)
     assert isinstance(values, dict)
     for key_path in _AS_WRITTEN:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
-from typing import TypeGuard
 
-from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
+from agent.cli.fc3.document import Document, KeyPath, plain, read_document
 from agent.cli.fc3.schema import ProvisionConfig, camel
 from agent.config import convert
 from agent.core.errors import ConfigError, InvalidArgumentError
@@ -21,8 +19,6 @@ _METRICS = {
 METRIC_NAMES = {number: name for name, number in _METRICS.items()}
 """Function Compute's names."""
 _NO_EFFECT = ("alwaysAllocateCPU",)
-_LISTS = ("scheduledActions", "targetTrackingPolicies")
-_TEXTS = ("startTime", "endTime")
 
 
 def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
@@ -34,9 +30,9 @@ def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
     tree = document.tree
     if not isinstance(tree, dict):
         raise document.wrong((), "must be a mapping with scheduledActions or targetTrackingPolicies")
-    written = texts_as_written({key: value for key, value in tree.items() if key not in _NO_EFFECT})
+    used = {key: value for key, value in tree.items() if key not in _NO_EFFECT}
     try:
-        found = convert(plain(written), ProvisionConfig, name=document.name)
+        found = convert(plain(used), ProvisionConfig, name=document.name)
     except ConfigError as error:
         problem = error.message.removeprefix(f"{document.name}: ")
         key, colon, what = problem.partition(": ")
@@ -44,24 +40,6 @@ def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
             raise document.wrong((), problem) from error
         raise document.wrong(_path_of(key), what) from error
     return found, provision_to_proto(document, (), found)
-
-
-def texts_as_written(config: dict[str, object]) -> dict[str, object]:
-    """The provisionConfig with its times as text, since YAML parses unquoted ones as timestamps."""
-    lists = {key: value for key in _LISTS if isinstance(value := config.get(key), list)}
-    return config | {
-        key: [
-            {name: Text(one.written, one.written) if _is_text(name, one) else one for name, one in entry.items()}
-            if isinstance(entry, dict)
-            else entry
-            for entry in entries
-        ]
-        for key, entries in lists.items()
-    }
-
-
-def _is_text(name: str, value: object) -> TypeGuard[Text]:
-    return name in _TEXTS and isinstance(value, Text) and isinstance(value.value, date)
 
 
 def provision_to_proto(document: Document, path: KeyPath, given: ProvisionConfig) -> pb.ProvisionConfig:

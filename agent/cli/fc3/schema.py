@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from agent.cli.fc3.meaning import REFUSED
 from agent.config import Duration, Size, bad_key
 from agent.core.function_rules import MAX_OPEN_FILES, MAX_PIDS
 
@@ -176,6 +177,7 @@ class Hibernode(Part, frozen=True):
     queue_length: Annotated[int, Meta(ge=1, le=100_000)] | UnsetType = UNSET
     queue_timeout_ns: Duration | UnsetType = UNSET
     gpus: Annotated[int, Meta(ge=0, le=64)] | None = None
+    visible_devices: Literal["index", "uuid"] = "index"
     shm_size: Size | None = None
     pids_limit: Annotated[int, Meta(ge=1, le=MAX_PIDS)] | None = None
     open_files: Annotated[int, Meta(ge=1, le=MAX_OPEN_FILES)] | None = None
@@ -227,9 +229,9 @@ class Props(Part, frozen=True):
         if self.custom_container_config.image == "host":
             for field in _IMAGES_ONLY:
                 if getattr(self.hibernode, field):
-                    raise bad_key(f"hibernode.{camel(field)}", "is for images only, not for `image: host`")
+                    raise bad_key(f"hibernode.{camel(field)}", REFUSED)
             if self.custom_container_config.registry_config is not None:
-                raise bad_key("customContainerConfig.registryConfig", "is for images only, not for `image: host`")
+                raise bad_key("customContainerConfig.registryConfig", REFUSED)
 
 
 _CLOUD = "has no effect outside Function Compute"

@@ -96,8 +96,8 @@ AllocatorStep = tuple[GpuAllocator, list[AllocatorEffect]]
 def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table
     """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order."""
     match event:
-        case ev.Assign(uid, count, model):
-            return _assign(state, uid, count, model)
+        case ev.Assign():
+            return _assign(state, event)
         case ev.Adopt(uid, gpus, holds):
             state = replace(state, assigned={**state.assigned, uid: gpus})
             if holds:
@@ -132,21 +132,21 @@ def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep: 
     return _serve(state, at)
 
 
-def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorStep:
+def _assign(state: GpuAllocator, wish: ev.Assign) -> AllocatorStep:
     """Choose the GPUs with the fewest sharers, so that instances spread before they share."""
+    uid, count = wish.uid, wish.count
     if uid in state.assigned:
         return state, [ev.Assigned(uid, state.assigned[uid])]
-    fitting = [d for d in state.devices.values() if not d.cordoned and model in ("", d.model)]
+    fitting = [d for d in state.devices.values() if not d.cordoned and (wish.among is None or d.uuid in wish.among)]
     roomy = sorted((state.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
     chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < state.per_gpu)[:count]
     full = state.migrate and sum(sharers for sharers, _, _ in roomy) + count > state.per_gpu * len(fitting)
     if len(chosen) < count or full:
-        wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
         return state, [
             ev.Unassignable(
                 uid,
-                f"{wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
-                f"(gpu.instances_per_gpu: {state.per_gpu}); remove an instance or raise it",
+                f"{count} GPU(s){wish.wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on "
+                f"this node have room (gpu.instances_per_gpu: {state.per_gpu}); remove an instance or raise it",
             )
         ]
     return replace(state, assigned={**state.assigned, uid: chosen}), [ev.Assigned(uid, chosen)]

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Choose a new instance's GPUs among those of `model` ("" = any). Answered by Assigned or Unassignable."""
+    """Choose a new instance's GPUs among those with these uuids (None = any). Answered by Assigned or Unassignable.
+
+    `wanted`: what they have in common, as words after "GPU(s)"."""
 
     uid: str
     count: int
-    model: str
+    among: frozenset[str] | None = None
+    wanted: str = ""
 
 
 @dataclass(frozen=True, slots=True)

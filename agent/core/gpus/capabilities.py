@@ -7,44 +7,30 @@ cuda-checkpoint). One line a subject; any FAIL forbids idle mode, a WARN does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 
+from agent.core.gpus.host_facts import API_CUDA, API_SINCE, UTILITY_CUDA, UTILITY_SINCE, HostFacts, NvmlTrouble
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import ComputeMode, Gpu
 
-UTILITY_SINCE = 555
-"""Since then `cuda-checkpoint` has separate actions and a lock timeout; before, only --toggle, never used here."""
-
-UTILITY_CUDA = 12040
-"""The least cuDriverGetVersion that the program accepts; below it prints `Insufficient driver`."""
-
-API_SINCE = 570
-API_CUDA = 12080
 MIGRATION_SINCE = 580
 ARM_SINCE = 595
 SAFE_SINCE = 580
 """Some 570 builds answer 801 for PyTorch, and 570 leaves no usable state after an error."""
+
+HANGING = frozenset({595})
+"""Branches whose open kernel module was seen to hang the whole host when a restored process ended badly (issue 53)."""
+
+NO_ATTACH = 3
+"""Value of kernel.yama.ptrace_scope under which no process may attach to another."""
 
 NEW_DRIVER = f"install driver {SAFE_SINCE} or newer"
 FIND_LIBCUDA = (
     "remove the cuda-compat package, or take its folder out of LD_LIBRARY_PATH; see ldconfig -p | grep libcuda"
 )
 CHECK_KERNEL_LOG = "dmesg | grep -iE 'nvrm|xid'; then reset the GPU (nvidia-smi --gpu-reset) or reboot"
-
-
-class NvmlTrouble(Enum):
-    """Why NVML gave no inventory."""
-
-    MISSING = "MISSING"
-    NOT_LOADED = "NOT_LOADED"
-    MISMATCH = "MISMATCH"
-    DENIED = "DENIED"
-    SILENT = "SILENT"
-    LOST = "LOST"
-    CRASHED = "CRASHED"
-    OTHER = "OTHER"
 
 
 _TROUBLES = {
@@ -66,54 +52,6 @@ _TROUBLES = {
     NvmlTrouble.CRASHED: ("the driver's library crashed", f"reinstall the driver, {SAFE_SINCE} or newer"),
     NvmlTrouble.OTHER: ("the GPUs can't be read", "compare with what nvidia-smi says; then dmesg | grep -i nvrm"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class HostFacts:
-    """The facts of a host.
-
-    - `driver_version`: like "580.65.06"; "" = no driver
-    - `euid`: of the agent; `machine`: uname's
-    - `cuda`: libcuda's version, 13000 for 13.0; 0 = unknown
-    - `trouble`: why NVML failed, with NVML's own `trouble_text`
-    - `missing`: number of GPUs that do not answer, besides `gpus`
-    - `mps`: an MPS daemon runs
-    - `host_pids`: the driver's pids are the agent's
-    - `checkpointer`: the setting
-    - `utility`: path of a usable cuda-checkpoint program; "" = none, because of `utility_problem`
-    """
-
-    driver_version: str
-    gpus: Sequence[Gpu]
-    euid: int
-    machine: str
-    cuda: int = 0
-    trouble: NvmlTrouble | None = None
-    trouble_text: str = ""
-    missing: int = 0
-    mps: bool = False
-    host_pids: bool = True
-    checkpointer: str = "auto"
-    utility: str = ""
-    utility_problem: str = "there is no cuda-checkpoint program"
-
-    @property
-    def branch(self) -> int:
-        return driver_branch(self.driver_version)
-
-    @property
-    def has_api(self) -> bool:
-        """The driver has cuCheckpointProcess*; a libcuda older than the driver lacks it."""
-        return self.branch >= API_SINCE and (not self.cuda or self.cuda >= API_CUDA)
-
-    @property
-    def takes_utility(self) -> bool:
-        """A cuda-checkpoint program works with this driver."""
-        return self.branch >= UTILITY_SINCE and (not self.cuda or self.cuda >= UTILITY_CUDA)
-
-    def where(self, wrong: Callable[[Gpu], bool]) -> str:
-        """The indexes of the GPUs for which `wrong` holds, as nvidia-smi's -i takes them; "" = none."""
-        return ",".join(str(gpu.index) for gpu in self.gpus if wrong(gpu))
 
 
 class CheckpointerKind(StrEnum):
@@ -189,12 +127,6 @@ def idle_mode_lines(found: Capabilities, unavailable: str) -> tuple[CapabilityLi
     return (_fail("idle mode", unavailable, fix),)
 
 
-def driver_branch(version: str) -> int:
-    """580 of "580.65.06"; 0 without a number."""
-    digits = version.partition(".")[0]
-    return int(digits) if digits.isascii() and digits.isdecimal() else 0
-
-
 def _choose(host: HostFacts) -> CheckpointerKind:
     """The checkpointer that `gpu.checkpointer` names; for auto the driver's API if it has one, else the program."""
     if host.checkpointer != "utility" and host.has_api:
@@ -208,6 +140,7 @@ def _lines(host: HostFacts, chosen: CheckpointerKind) -> Iterator[CapabilityLine
     yield _driver(host)
     yield _architecture(host)
     if host.branch:
+        yield _kernel_module(host)
         yield _cuda(host)
         yield _checkpoint(host, chosen)
         if chosen:
@@ -262,6 +195,20 @@ def _architecture(host: HostFacts) -> CapabilityLine:
     elif host.machine != "x86_64":
         return _fail("architecture", f"no driver can checkpoint on {host.machine}", "use a 64-bit x86 host")
     return _ok("architecture", host.machine)
+
+
+def _kernel_module(host: HostFacts) -> CapabilityLine:
+    if not host.open_module:
+        return _ok("kernel module", "not the open one")
+    if host.branch in HANGING:
+        return _warn(
+            "kernel module",
+            f"with the open kernel module of driver {host.branch} the whole host can hang when a woken process is "
+            "killed or meets a CUDA error",
+            "install another driver branch (580, or 610 and newer), or the proprietary module if the GPU allows it; "
+            "until then run no scheduler on this host",
+        )
+    return _ok("kernel module", "the open one")
 
 
 def _cuda(host: HostFacts) -> CapabilityLine:
@@ -328,6 +275,20 @@ def _privileges(host: HostFacts) -> CapabilityLine:
             "privileges",
             f"this is user {host.euid}, not root: the driver may deny it to checkpoint processes of others",
             "run the agent as root (and doctor with sudo)",
+        )
+    # Nor this: only custom storage, which is not used here, is known to need it.
+    if not host.may_trace:
+        return _warn(
+            "privileges",
+            "the agent lacks CAP_SYS_PTRACE: the driver may deny a checkpoint (304), which ends the instance",
+            "take CAP_SYS_PTRACE into CapabilityBoundingSet= of its unit; in a container: --cap-add=SYS_PTRACE",
+        )
+    if host.ptrace_scope >= NO_ATTACH:
+        return _warn(
+            "privileges",
+            f"kernel.yama.ptrace_scope is {host.ptrace_scope}: no process may attach to another, so the driver may "
+            "deny a checkpoint (304), which ends the instance",
+            "set it to 1 in /etc/sysctl.d and reboot: it can't be lowered at run time",
         )
     return _ok("privileges", "root, with the host's processes in sight")
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from agent.core.sizes import size_text
+from agent.core.types import GIB
+
 MARGIN_BYTES = 64 << 20
 
 
@@ -95,13 +98,15 @@ class MemoryLedger:
             return proposed, ""
         if self.limit_bytes and proposed.reserved_bytes > self.limit_bytes:
             return self, (
-                f"{proposed.reserved_bytes} bytes of frozen GPU memory needed on this node, "
-                f"gpu.frozen_memory_limit is {self.limit_bytes}"
+                f"{size_text(proposed.reserved_bytes)} of frozen GPU memory needed on this node, "
+                f"gpu.frozen_memory_limit is {size_text(self.limit_bytes)}"
             )
         needed = proposed.outstanding_bytes + self.reserve_bytes + (MARGIN_BYTES if wanted.total_bytes else 0)
         if needed > available_bytes:
+            # In whole GiB: what is available changes from second to second, and the message should not.
             return self, (
-                f"{proposed.outstanding_bytes} bytes to come plus gpu.host_memory_reserve {self.reserve_bytes} "
-                f"are more than the {available_bytes} bytes available on this host"
+                f"{size_text(proposed.outstanding_bytes)} to come plus gpu.host_memory_reserve "
+                f"{size_text(self.reserve_bytes)} are more than "
+                f"the about {available_bytes // GIB} GiB available on this host"
             )
         return proposed, ""

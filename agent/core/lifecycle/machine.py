@@ -318,7 +318,12 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
                 me = replace(me, retry_at_ns=at + me.back_off_ns)
             me = _running_again(me)
-            me, more = _paused(me, True, at) if reason == PAUSED else _when_idle(me, at)
+            if reason != PAUSED:
+                me, more = _when_idle(me, at)
+            elif me.stop:  # by force, as it can answer nothing: a pause may last for ever
+                me, more = _begin_stop(replace(me, paused=True), at)
+            else:
+                me, more = _paused(me, True, at)
             return me, [*effects, *more]
         case Operation.WAKE if me.restores < MAX_RESTORES and not me.stop:
             return _restore_refused(me, f"{reason}: {message}", at)

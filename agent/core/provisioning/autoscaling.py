@@ -9,6 +9,10 @@ The rules are Function Compute's (PutProvisionConfig), exactly, in whole numbers
   multiplied by the average instead of `current`;
 - the highest of the active policies and the schedule counts, and the default target only if none is active.
 
+A stored action or policy that can't be read today counts all the same: as active, with the last target decided while
+all could be read, but with no more than it can ask for itself (an action's target, a policy's max_capacity). If no
+other is active, the last target stays. So nothing is stopped because of something unreadable.
+
 Scaling out never lowers a policy's target (its instances may still be starting), and scaling in never raises it
 (another policy may hold more instances). Times are wall nanoseconds. Pure; scheduler/functions/autoscaler.py measures.
 """
@@ -71,16 +75,34 @@ class ScalingPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A stored action or policy that this host or version can't read.
+
+    - `window`: all of the time in which it may be active. `most`: the most instances that it can ask for.
+    - `problem`: which one, why it can't be read, and what to do.
+    """
+
+    name: str
+    window: ActiveWindow
+    most: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class Provisioning:
     actions: tuple[Action, ...] = ()
     policies: tuple[ScalingPolicy, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.actions or self.policies)
+        return bool(self.actions or self.policies or self.unreadable)
 
     @property
-    def windows(self) -> tuple[ActiveWindow, ...]:
-        return (*(one.window for one in self.actions), *(one.window for one in self.policies))
+    def windows(self) -> dict[str, ActiveWindow]:
+        """By the name of the action or policy."""
+        found = {one.name: one.window for one in self.actions}
+        found |= {one.name: one.window for one in self.policies}
+        return found | {one.name: one.window for one in self.unreadable}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +187,21 @@ def scheduled(firings: Iterable[Fired], at: int) -> Fired | None:
     return newest if newest is not None and newest.window.contains(at) else None
 
 
-def decide(default: int, schedule: Fired | None, policies: Sequence[tuple[str, int]]) -> Decision:
-    """The highest target of the schedule and the active policies (name, target); of equal ones the first."""
+def decide(
+    default: int,
+    schedule: Fired | None,
+    policies: Sequence[tuple[str, int]],
+    unreadable: Sequence[Unreadable] = (),
+    last: int = 0,
+) -> Decision:
+    """The highest target of the schedule and the active policies (name, target); of equal ones the first.
+
+    `unreadable`: those whose window contains the time. `last`: the target last decided while all could be read.
+    """
     targets = [*([(schedule.name, schedule.target)] if schedule is not None else []), *policies]
+    if unreadable and not targets:
+        return Decision(last, unreadable[0].name)
+    targets += [(one.name, min(last, one.most)) for one in unreadable]
     if not targets:
         return Decision(default)
     name, target = max(targets, key=lambda one: one[1])

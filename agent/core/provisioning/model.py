@@ -44,6 +44,12 @@ class Scheduling(Enum):
     def drains(self) -> bool:
         return self in (Scheduling.DRAINED, Scheduling.EMPTIED)
 
+    def shown(self, instances: int) -> str:
+        """The word for people, of a node that has that many instances: it is not DRAINED before the last has ended."""
+        if not self.drains:
+            return self.value
+        return "DRAINING" if instances else "DRAINED"
+
 
 @dataclass(frozen=True, slots=True)
 class ObservedInstance:

@@ -1,4 +1,4 @@
-"""Placement: the node for a new instance, by free GPU places, memory, runtime and labels.
+"""Placement: the node for a new instance, by GPUs that suit it and have a free place, memory, runtime and labels.
 
 Pure. The node's agent decides in the end, and refuses what does not fit; placement avoids useless creates.
 """
@@ -11,23 +11,26 @@ from enum import IntEnum
 from typing import TypeAlias
 
 from agent.core.function_rules import HOST_IMAGE
-from agent.core.types import FunctionSpec
+from agent.core.gpu_fit import suits, wanted
+from agent.core.sizes import size_text
+from agent.core.types import FunctionSpec, GpuNeed
 
 
 @dataclass(frozen=True, slots=True)
 class GpuView:
-    """A usable GPU. `sharers`: instances assigned to it, awake or not."""
+    """A usable GPU. `sharers`: instances assigned to it, awake or not. `memory_bytes`: NVML's total; 0 = unknown."""
 
     uuid: str
     model: str = ""
     sharers: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """A node.
 
-    - `gpus`: the usable ones.
+    - `gpus`: the usable ones. `gpu_types`: what its agent's `gpu.types` says (core/gpu_fit.py).
     - `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds the average of its GPUs.
     - `memory_free_bytes`: available less reserved; None if unknown.
     - `unavailable`: why it takes no instances now, "is ..." or "has ..."; "" if it does.
@@ -41,17 +44,21 @@ class NodeView:
     runtimes: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     unavailable: str = ""
+    gpu_types: Mapping[str, str] = field(default_factory=dict)
 
-    def free_places(self, model: str = "") -> int:
-        """How many more instances with one GPU of the model fit; "" = any model."""
-        free = [self.instances_per_gpu - gpu.sharers for gpu in self.gpus if model in ("", gpu.model)]
+    def suiting(self, need: GpuNeed) -> list[GpuView]:
+        """The usable GPUs of the wanted type with enough memory."""
+        return [gpu for gpu in self.gpus if suits(need, gpu, self.gpu_types)]
+
+    def free_places(self, need: GpuNeed) -> int:
+        """How many more instances with one such GPU fit."""
+        free = [self.instances_per_gpu - gpu.sharers for gpu in self.suiting(need)]
         return max(0, sum(free)) if self.migrates else sum(places for places in free if places > 0)
 
-    def has_places(self, count: int, model: str) -> bool:
-        """Whether one more instance fits, on `count` GPUs."""
-        fitting = [gpu for gpu in self.gpus if model in ("", gpu.model)]
-        open_gpus = sum(gpu.sharers < self.instances_per_gpu for gpu in fitting)
-        return open_gpus >= count and self.free_places(model) >= count
+    def has_places(self, need: GpuNeed) -> bool:
+        """Whether one more instance fits."""
+        open_gpus = sum(gpu.sharers < self.instances_per_gpu for gpu in self.suiting(need))
+        return open_gpus >= need.count and self.free_places(need) >= need.count
 
     def has_memory(self, size: int) -> bool:
         """Whether `size` more bytes fit; any size if memory is unknown."""
@@ -59,8 +66,7 @@ class NodeView:
 
     def with_instance(self, spec: FunctionSpec) -> NodeView:
         """The node with one more instance, on the fitting GPUs with the fewest sharers, as agents choose them."""
-        fitting = [gpu for gpu in self.gpus if spec.gpu.model in ("", gpu.model)]
-        chosen = {gpu.uuid for gpu in sorted(fitting, key=lambda gpu: gpu.sharers)[: spec.gpu.count]}
+        chosen = {gpu.uuid for gpu in sorted(self.suiting(spec.gpu), key=lambda gpu: gpu.sharers)[: spec.gpu.count]}
         gpus = tuple(replace(gpu, sharers=gpu.sharers + (gpu.uuid in chosen)) for gpu in self.gpus)
         return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, spec.memory_bytes))
 
@@ -132,8 +138,7 @@ def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
         else:
             lacking.append((*lack, node.name))
     if fitting:
-        model = spec.gpu.model
-        best = min(fitting, key=lambda node: (-node.free_places(model), -(node.memory_free_bytes or 0), node.name))
+        best = min(fitting, key=lambda node: (-node.free_places(spec.gpu), -(node.memory_free_bytes or 0), node.name))
         return Placed(best.name)
     if not known:
         return Unplaceable("NO_NODE", "no node is ready; start an agent whose configuration names this scheduler")
@@ -182,12 +187,12 @@ def _lack(spec: FunctionSpec, node: NodeView) -> tuple[_Lacks, str] | None:
     missing = [f"{key}={value}" for key, value in spec.node_labels if node.labels.get(key) != value]
     if registered and missing:
         return _Lacks.MATCH, f"lacks label {', '.join(missing)}"
-    gpus = sum(spec.gpu.model in ("", gpu.model) for gpu in node.gpus)
+    gpus = len(node.suiting(spec.gpu))
     if registered and gpus < spec.gpu.count:
         return _Lacks.MATCH, f"has {gpus} of {_gpus(spec)}"
     if node.unavailable or not registered:
         return _Lacks.READINESS, node.unavailable or "has not registered"
-    if spec.gpu.count and not node.has_places(spec.gpu.count, spec.gpu.model):
+    if spec.gpu.count and not node.has_places(spec.gpu):
         return _Lacks.SLOT, "has no free GPU" if spec.gpu.count == 1 else f"has no {spec.gpu.count} free GPUs"
     if not node.has_memory(spec.memory_bytes):
         return _Lacks.MEMORY, "has too little host memory left"
@@ -217,7 +222,7 @@ def _headline(spec: FunctionSpec, lack: _Lacks) -> str:
         case _Lacks.SLOT:
             return f"every GPU that fits {spec.name} has its full number of instances"
         case _Lacks.MEMORY:
-            return f"no node with a free GPU has {spec.memory_bytes} bytes of memory left for {spec.name}"
+            return f"no node with a free GPU has {size_text(spec.memory_bytes)} of memory left for {spec.name}"
         case _:
             return f"no node has what {spec.name} needs"
 
@@ -243,7 +248,7 @@ def _runtime(spec: FunctionSpec) -> str:
 
 
 def _gpus(spec: FunctionSpec) -> str:
-    return f"{spec.gpu.count} usable GPU(s){f' of model {spec.gpu.model}' if spec.gpu.model else ''}"
+    return f"{spec.gpu.count} usable GPU(s){wanted(spec.gpu)}"
 
 
 def _less(free: int | None, size: int) -> int | None:

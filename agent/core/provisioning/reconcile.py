@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.core.provisioning.model import ObservedInstance, RequestId
 from agent.core.provisioning.scale_in import replaced, scale_in_order
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, InstanceState, StopCause
 
 MAX_ATTEMPTS = 5
 """Failures in a row of one ordinal before it is given up."""
@@ -27,21 +27,34 @@ BACK_OFF_MAX_NS = 60 * SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """A function's target: that many instances of `revision`. A function being deleted has target 0."""
+    """A function's target: that many instances of `revision`. A function that is being `deleted` has target 0."""
 
     function: str
     revision: str
     target: int
+    deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed, and when (wall ns). `uid` is "" if no instance was made."""
+
+    reason: str
+    message: str
+    wall_ns: int = 0
+    node: str = ""
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """The attempts at an ordinal: the number of the last one, the failures in a row since an instance came up, and the
-    time (monotonic ns) before which no further attempt begins."""
+    """The attempts at an ordinal: the number of the last one, the failures in a row since an instance came up with the
+    last of them, and the time (monotonic ns) before which no further attempt begins."""
 
     attempt: int = 0
     failures: int = 0
     not_before_ns: int = 0
+    failure: Failure | None = None
 
     @property
     def given_up(self) -> bool:
@@ -59,6 +72,7 @@ class Create:
 class Stop:
     uid: str
     node: str
+    cause: StopCause = StopCause.SCALED_IN
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +93,12 @@ class ReconcilePlan:
     again_at_ns: int | None = None
 
 
-def failed(attempts: Attempts, attempt: int, at: int) -> Attempts:
+def failed(attempts: Attempts, attempt: int, at: int, failure: Failure | None = None) -> Attempts:
     """After an attempt whose instance did not come up, or failed later."""
     if attempt < attempts.attempt:
         return attempts
     wait = min(BACK_OFF_NS << min(attempts.failures, 16), BACK_OFF_MAX_NS)
-    return Attempts(attempt, attempts.failures + 1, at + wait)
+    return Attempts(attempt, attempts.failures + 1, at + wait, failure)
 
 
 def skipped(attempts: Attempts, attempt: int, at: int) -> Attempts:
@@ -92,7 +106,7 @@ def skipped(attempts: Attempts, attempt: int, at: int) -> Attempts:
     nothing failed, so the next number is tried."""
     if attempt < attempts.attempt:
         return attempts
-    return Attempts(attempt, attempts.failures, at + SKIP_NS)
+    return Attempts(attempt, attempts.failures, at + SKIP_NS, attempts.failure)
 
 
 def came_up(attempts: Attempts, attempt: int) -> Attempts:
@@ -132,12 +146,22 @@ def plan(
     leaving = {one.uid for one in leave}
     return ReconcilePlan(
         creates=creates,
-        stops=tuple(Stop(one.uid, one.node) for one in (*current[:surplus], *leave)),
+        stops=tuple(Stop(one.uid, one.node, _cause(desired, one)) for one in (*current[:surplus], *leave)),
         missing=(*missing, *sorted(creating)),
         may_give_way=tuple(one for one in outdated if one.uid not in leaving and not one.scheduling.drains),
         coming_up=bool(creating) or not all(one.serving for one in kept),
         again_at_ns=again,
     )
+
+
+def _cause(desired: DesiredState, one: ObservedInstance) -> StopCause:
+    """Why `one` is stopped."""
+    if desired.deleted:
+        return StopCause.FUNCTION_DELETED
+    if one.scheduling.drains:
+        return StopCause.NODE_DRAINED
+    outdated = desired.target and one.made_by.revision != desired.revision
+    return StopCause.REPLACED if outdated else StopCause.SCALED_IN
 
 
 def _leaving(one: ObservedInstance) -> bool:

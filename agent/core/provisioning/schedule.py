@@ -3,14 +3,21 @@
 Cron fields take numbers, names (JAN-DEC, MON-SUN), `,` `-` `*` `/`; weekdays are 1-7 = MON-SUN, and `?` in day or
 weekday leaves the choice to the other one. If both are restricted, either is enough, as in every cron.
 
-Times are of the zone's wall clock. A time in the hour skipped by a change of clocks fires when that hour would have
-begun; a time in the repeated hour fires the first time only. So actions fire in the same order as on other days.
-Pure: the caller provides the zone. Work is bounded, as cronsim searches 50 years at most.
+Times are of the zone's wall clock. When clocks change, Debian's cron is followed (cron(8), "daylight saving time"):
+- an interval, that is a schedule with `*`, `*/n` or `n/m` as minute or hour, fires in real time, whenever the clock
+  shows such a time: in both passes of a repeated hour, and not at all for a skipped one;
+- a fixed time fires once: in the first pass of a repeated hour, and when a skipped hour would have begun. So fixed
+  times fire in the same order as on other days. `at(...)` is a fixed time.
+
+Pure: the caller provides the zone. Work is bounded, as cronsim searches 50 years at most. cronsim gets the wall clock
+without a zone: with one it applies its rule for fixed times only to expressions without seconds, and misses firings
+where clocks change by half an hour or at midnight.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 
@@ -26,11 +33,13 @@ _AT = re.compile(r"at\(\s*(\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\s*\)", re.ASCII)
 _CRON = re.compile(r"cron\(([^()]*)\)", re.ASCII)
 _TIME = re.compile(r"(\d{4}-\d{2}-\d{2}T\d{2}:\d{2})(:\d{2})?(?:\.(\d{1,9}))?(Z|[+-]\d{2}:\d{2})?", re.ASCII)
 _TERM = re.compile(r"(\*|[0-9A-Z]+(?:-[0-9A-Z]+)?)(?:/([0-9]{1,2}))?", re.ASCII)
+_OPEN = re.compile(r"\*(?:/[0-9]+)?|[0-9]+/[0-9]+", re.ASCII)
 _NAMES = ("second", "minute", "hour", "day of month", "month", "day of week")
 _LOW, _HIGH = (0, 0, 0, 1, 1, 1), (59, 59, 23, 31, 12, 7)
 _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 _WEEKDAYS = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
-_DAY, _MONTH, _WEEKDAY = 3, 4, 5
+_MINUTE, _HOUR, _DAY, _MONTH, _WEEKDAY = 1, 2, 3, 4, 5
+_SPAN_S = 2 * 86_400
 
 
 class BadSchedule(ValueError):
@@ -39,36 +48,63 @@ class BadSchedule(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """An expression in its zone: the six `fields` of cron, or the time `at`."""
+    """An expression in its zone: the six `fields` of cron, or the time `at`. `interval`: it fires in real time."""
 
     zone: tzinfo
     fields: str = ""
     at: datetime | None = None
+    interval: bool = False
 
     def last(self, start_ns: int, until_ns: int) -> int | None:
         """The last firing in [start_ns, until_ns], wall ns."""
-        return self._within(self._before(until_ns), start_ns, until_ns)
+        return self._within(self._found(self._before, until_ns), start_ns, until_ns)
 
     def next(self, after_ns: int, end_ns: int) -> int | None:
         """The first firing in (after_ns, end_ns), wall ns."""
-        if self.at is not None:
-            return self._within(_instant(self.at, self.zone), after_ns + 1, end_ns - 1)
-        try:
-            found = CronSim(self.fields, _wall(after_ns, self.zone))
-            while True:
-                fires = _instant(next(found), self.zone)
-                if fires > after_ns:  # else a skipped time, which fired together with others
-                    return self._within(fires, after_ns + 1, end_ns - 1)
-        except (StopIteration, OverflowError, ValueError):
-            return None
+        return self._within(self._found(self._after, after_ns), after_ns + 1, end_ns - 1)
 
-    def _before(self, until_ns: int) -> int | None:
+    def _found(self, search: Callable[[int], int | None], at_ns: int) -> int | None:
         if self.at is not None:
             return _instant(self.at, self.zone)
         try:
-            return _instant(next(CronSim(self.fields, _wall(until_ns, self.zone) + _SECOND, reverse=True)), self.zone)
-        except (StopIteration, OverflowError, ValueError):
+            return search(at_ns)
+        except (StopIteration, OverflowError, ValueError):  # beyond 50 years, or the years of datetime
             return None
+
+    def _after(self, after_ns: int) -> int:
+        if self.interval:
+            return self._in_real_time(after_ns // SECOND_NS + 1, 1) * SECOND_NS
+        found = CronSim(self.fields, _wall(after_ns, self.zone))
+        while True:
+            fires = _instant(next(found), self.zone)
+            if fires > after_ns:  # else a skipped time, which fired together with others
+                return fires
+
+    def _before(self, until_ns: int) -> int:
+        if self.interval:
+            return self._in_real_time(until_ns // SECOND_NS, -1) * SECOND_NS
+        return _instant(next(CronSim(self.fields, _wall(until_ns, self.zone) + _SECOND, reverse=True)), self.zone)
+
+    def _in_real_time(self, at_s: int, step: int) -> int:
+        """The first second from `at_s` on (included), forwards or backwards, at which the clock shows a firing.
+
+        It goes from one change of the offset to the next. Clocks never change by more than a day, nor twice within
+        three days (the tests look at every zone), so two ends of `_SPAN_S` with one offset have no change in between.
+        """
+        while True:
+            offset = _offset_at(at_s, self.zone)
+            start = _wall_of(at_s, offset) - step * _SECOND
+            wall = next(CronSim(self.fields, start, reverse=step < 0))
+            fires = _ns(wall) // SECOND_NS - offset
+            far = fires if abs(fires - at_s) <= _SPAN_S else at_s + step * _SPAN_S
+            if _offset_at(far, self.zone) != offset:
+                at_s = _first_change(at_s, far, offset, self.zone)
+            elif far == fires:
+                return fires
+            elif (fires - far) * step > _SPAN_S:  # no offset brings the clock there earlier
+                at_s = fires - step * _SPAN_S
+            else:
+                at_s = far
 
     @staticmethod
     def _within(fires_ns: int | None, first_ns: int, last_ns: int) -> int | None:
@@ -82,7 +118,7 @@ def parse_schedule(text: str, zone: tzinfo) -> Schedule:
         if found := _AT.fullmatch(text):
             return Schedule(zone, at=_moment(found[1], "must hold a time that exists, such as at(2026-07-01T08:00:00)"))
         if found := _CRON.fullmatch(text):
-            return Schedule(zone, fields=_fields(found[1]))
+            return Schedule(zone, fields=_fields(found[1]), interval=_is_interval(found[1]))
     raise BadSchedule("must be at(yyyy-mm-ddThh:mm:ss) or cron(second minute hour day month weekday)")
 
 
@@ -131,6 +167,13 @@ def _fields(text: str) -> str:
     except (CronSimError, StopIteration, ValueError, OverflowError):
         raise BadSchedule("never fires: there is no such day") from None
     return fields
+
+
+def _is_interval(text: str) -> bool:
+    """Whether minute or hour has `*` or an open step, as Debian's cron decides; `text` is valid."""
+    return any(
+        _OPEN.fullmatch(term) for part in (text.split()[_MINUTE], text.split()[_HOUR]) for term in part.split(",")
+    )
 
 
 def _field(index: int, part: str) -> str:
@@ -195,6 +238,24 @@ def _instant(wall: datetime, zone: tzinfo) -> int:
         offset = (_EPOCH + timedelta(seconds=middle)).replace(tzinfo=UTC).astimezone(zone).utcoffset()
         low, high = (low, middle) if offset == after else (middle, high)
     return high * SECOND_NS
+
+
+def _offset_at(at_s: int, zone: tzinfo) -> int:
+    """The zone's offset from UTC at a time, in seconds."""
+    moment = (_EPOCH + timedelta(seconds=at_s)).replace(tzinfo=UTC).astimezone(zone)
+    return (moment.utcoffset() or timedelta()) // _SECOND
+
+
+def _wall_of(at_s: int, offset: int) -> datetime:
+    return _EPOCH + timedelta(seconds=at_s + offset)
+
+
+def _first_change(near: int, far: int, offset: int, zone: tzinfo) -> int:
+    """The second nearest to `near` at which the offset is not `offset` any more; `far` is one, later or earlier."""
+    while abs(far - near) > 1:
+        middle = (near + far) // 2
+        near, far = (middle, far) if _offset_at(middle, zone) == offset else (near, middle)
+    return far
 
 
 def _offset(wall: datetime, zone: tzinfo, fold: int) -> timedelta:

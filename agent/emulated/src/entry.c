@@ -141,6 +141,13 @@ static const struct {
 
 enum { FOUND = 0, SYMBOL_NOT_FOUND = 1, VERSION_NOT_SUFFICIENT = 2 };
 
+/* Newer drivers refuse a version of the checkpoint functions that is newer than themselves. Which ones, and which other
+ * functions, is inferred. */
+static int is_refused(const char *symbol, int version)
+{
+    return EMU_PUBLIC_API && version > EMU_CUDA_VERSION && !strncmp(symbol, "cuCheckpoint", strlen("cuCheckpoint"));
+}
+
 /* An unknown symbol is not an error: success, NULL and a status (seen on 550.163.01 and 555.58.02). */
 EMU_API emu_result cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status)
 {
@@ -149,6 +156,8 @@ EMU_API emu_result cuGetProcAddress_v2(const char *symbol, void **function, int 
         return EMU_INVALID_VALUE;
     int found = SYMBOL_NOT_FOUND, best = -1;
     *function = NULL;
+    if (is_refused(symbol, version))
+        return EMU_INVALID_VALUE;
     for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
         if (entries[i].since > EMU_CUDA_VERSION || strcmp(entries[i].name, symbol))
             continue;

@@ -91,14 +91,37 @@ static int device_matches(const struct emu_device *device, const char *wanted, s
     return length > 4 && length <= strlen(text) && !strncmp(text, wanted, length);
 }
 
-/* CUDA_VISIBLE_DEVICES: indices or UUIDs (shortened ones too); the list ends at the first invalid entry. */
+/* The devices that a container has, by PCI address: those with HIBERNODE_EMULATED_GPU_<UUID in hex>, as others have a
+ * device node. Without any such variable all. Returns how many. */
+static int choose_attached(int attached[EMU_MAX_DEVICES])
+{
+    int count = 0;
+    for (int i = 0; i < emu_process.device_count; i++) {
+        char name[64];
+        int n = snprintf(name, sizeof name, "HIBERNODE_EMULATED_GPU_");
+        for (int j = 0; j < 16; j++)
+            n += snprintf(name + n, sizeof name - (size_t)n, "%02x", emu_process.devices[i].uuid[j]);
+        if (getenv(name))
+            attached[count++] = i;
+    }
+    if (count)
+        return count;
+    for (int i = 0; i < emu_process.device_count; i++)
+        attached[i] = i;
+    return emu_process.device_count;
+}
+
+/* CUDA_VISIBLE_DEVICES: numbers or UUIDs (shortened ones too); the list ends at the first invalid entry. Numbers count
+ * what is attached. All devices are alike, so both values of CUDA_DEVICE_ORDER mean the order of PCI addresses. */
 static void choose_visible(void)
 {
     const char *list = getenv("CUDA_VISIBLE_DEVICES");
+    int attached[EMU_MAX_DEVICES];
+    int attached_count = choose_attached(attached);
     emu_process.visible_count = 0;
     if (!list) {
-        for (int i = 0; i < emu_process.device_count; i++)
-            emu_process.visible[emu_process.visible_count++] = i;
+        memcpy(emu_process.visible, attached, sizeof attached);
+        emu_process.visible_count = attached_count;
         return;
     }
     while (*list) { /* at the latest a duplicate ends it */
@@ -107,11 +130,11 @@ static void choose_visible(void)
         int found = -1;
         char *end;
         long index = strtol(list, &end, 10);
-        if (length && end == list + length && index >= 0 && index < emu_process.device_count)
-            found = (int)index;
-        for (int i = 0, matches = 0; i < emu_process.device_count && end != list + length; i++)
-            if (device_matches(&emu_process.devices[i], list, length))
-                found = matches++ ? -1 : i; /* ambiguous = invalid */
+        if (length && end == list + length && index >= 0 && index < attached_count)
+            found = attached[index];
+        for (int i = 0, matches = 0; i < attached_count && end != list + length; i++)
+            if (device_matches(&emu_process.devices[attached[i]], list, length))
+                found = matches++ ? -1 : attached[i]; /* ambiguous = invalid */
         for (int i = 0; i < emu_process.visible_count && found >= 0; i++)
             if (emu_process.visible[i] == found)
                 found = -2;

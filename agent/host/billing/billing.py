@@ -30,7 +30,7 @@ REMEMBERED_ENDS = 1_000
 class BillingOptions:
     """How windows are cut and written.
 
-    - `window_ns`: an open window is sealed at this age.
+    - `window_ns`: an open window is sealed at this age; of a time without an agent, no more than this is billed.
     - `backlog`: sealed windows kept in memory before they are merged.
     - `batch`: most sealed windows in one transaction.
     - `write_timeout_s`: deadline of one write.
@@ -118,6 +118,7 @@ class Billing:
             now_mono_ns=now,
             same_process=same_process,
             policy=self._settings.policy,
+            most_idle_ns=self._settings.window_ns,
             goes_on=goes_on,
         )
         for window in recovered.windows:

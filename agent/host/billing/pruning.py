@@ -1,4 +1,4 @@
-"""Deletes usage windows from the disk a week after the scheduler has acknowledged them.
+"""Deletes usage windows that the scheduler has acknowledged from the disk, a week after they began.
 
 A window that was never acknowledged is not billed anywhere else, so it stays: a node without a scheduler keeps them all
 (about 300 bytes each; an instance makes one per minute and one per state change).

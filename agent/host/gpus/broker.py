@@ -16,6 +16,8 @@ from agent.core.errors import ExhaustedError, HibernodeError
 from agent.core.gpus import allocator, allocator_events
 from agent.core.gpus.allocator import GpuAllocator
 from agent.core.gpus.allocator_events import AllocatorEvent
+from agent.core.gpus.health import LOST
+from agent.core.instance_variables import cuda_numbers
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
 from agent.host.instance.actor import Actor
@@ -97,9 +99,9 @@ class GpuBroker:
 
     # ---- from the node -------------------------------------------------------------------------------------
 
-    def assign(self, uid: str, count: int, model: str) -> tuple[str, ...]:
-        """Choose the GPUs of a new instance. Raises ExhaustedError GPU_CAPACITY."""
-        self.apply(allocator_events.Assign(uid, count, model))
+    def assign(self, uid: str, count: int, among: frozenset[str], wanted: str) -> tuple[str, ...]:
+        """Choose the GPUs of a new instance, as `allocator_events.Assign` says. Raises ExhaustedError GPU_CAPACITY."""
+        self.apply(allocator_events.Assign(uid, count, among, wanted))
         answer = self._answers.pop(uid)
         if isinstance(answer, allocator_events.Unassignable):
             raise ExhaustedError("GPU_CAPACITY", answer.message)
@@ -225,6 +227,12 @@ class GpuBroker:
             return None
         found = sorted({process.gpu_uuid for process in shown if process.pid in pids})
         return None if not found and shown.unanswered - shown.lost else found
+
+    def cuda_numbers(self, gpu_uuids: Sequence[str]) -> tuple[int, ...]:
+        """See `StartSpec.gpu_numbers`. None while a GPU is lost: CUDA may no longer count it."""
+        if any(cordon.source == LOST for device in self.allocator.devices.values() for cordon in device.cordons):
+            return ()
+        return cuda_numbers(self.inventory.values(), gpu_uuids)
 
     def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str, *, source: str, lasting: bool) -> None:
         """Grant these GPUs to no instance until `source` lifts the cordon. A `lasting` one ends only with the agent.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from typing import Protocol
 
 from agent.core.errors import HibernodeError
@@ -59,10 +60,15 @@ async def log_result(runtime: LogReader, handle: Handle, request_id: str, end_wa
 def between_markers(log: bytes, request_id: bytes) -> tuple[bytes, bool]:
     """(the request's part of the log, whether its End marker is there). With an End marker only, the part begins at the
     log's first byte; without any marker it is empty."""
-    start = log.find(b"FC Invoke Start RequestId: " + request_id)
-    marker = b"FC Invoke End RequestId: " + request_id
-    end = log.find(marker, max(start, 0))
-    if end >= 0:
-        newline = log.find(b"\n", end + len(marker))
-        return log[max(start, 0) : len(log) if newline < 0 else newline + 1], True
-    return (log[start:] if start >= 0 else b""), False
+    start = _marker(b"Start", request_id).search(log)
+    first = start.start() if start is not None else 0
+    end = _marker(b"End", request_id).search(log, first)
+    if end is not None:
+        newline = log.find(b"\n", end.end())
+        return log[first : len(log) if newline < 0 else newline + 1], True
+    return (log[first:] if start is not None else b""), False
+
+
+def _marker(which: bytes, request_id: bytes) -> re.Pattern[bytes]:
+    """The marker with exactly this id: a longer id that begins like it is another request's."""
+    return re.compile(b"FC Invoke " + which + b" RequestId: " + re.escape(request_id) + rb"(?![\w-])")

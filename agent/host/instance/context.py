@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ class InstanceContext:
     """The ports and settings of a node.
 
     - `gpu_models`: the host's GPUs, uuid -> model.
+    - `gpu_numbers`: the numbers that CUDA gives GPUs of the host; see `StartSpec`.
     - `store_problem`: why the store fails, "" while it works. No freeze begins while the store fails.
     """
 
@@ -39,6 +40,7 @@ class InstanceContext:
     stop_timeout_s: float
     environment: Mapping[str, str]
     gpu_models: Mapping[str, str]
+    gpu_numbers: Callable[[Sequence[str]], tuple[int, ...]] = lambda _uuids: ()
     store_problem: Callable[[], str] = lambda: ""
 
     async def remove(self, handle: Handle) -> None:

@@ -7,6 +7,7 @@ An operation does not decide what comes next: it works on the ports, within dead
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import assert_never
 
@@ -28,6 +29,8 @@ from agent.ports import StartSpec
 
 LOG_TAIL_BYTES = 2048
 KILL_ATTEMPTS = 3
+LISTEN_CHECK_S = 5.0
+"""Pause between two looks at what a starting instance listens on."""
 
 
 class InstanceExecutor:
@@ -149,7 +152,8 @@ class InstanceExecutor:
         actor, context = self._actor, self._context
         # The driver restores on other GPUs only processes that can see every GPU of the host.
         movable = bool(actor.instance.gpus) and actor.instance.movable
-        spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
+        gpus = actor.instance.gpus
+        spec = StartSpec(actor.spec, self._environment(), gpus, all_gpus=movable, gpu_numbers=context.gpu_numbers(gpus))
         actor.set_progress("starting")
         handle = await context.runtime.start(spec)
         actor.set_gpus(actor.instance.gpus)
@@ -182,13 +186,43 @@ class InstanceExecutor:
         """Wait for readiness, call /initialize, run the first health check."""
         actor, context = self._actor, self._context
         deadline = asyncio.get_running_loop().time() + context.ready_timeout_s
-        actor.set_progress(f"waiting for its server on port {handle.port}")
-        await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
+        await self._wait_for_server(handle, deadline)
         pool = actor.pool
         assert pool is not None
         actor.set_progress("initializing")
         await hooks.initialize(pool, actor.function, context.request_ids())
         await self._first_probe(pool)
+
+    async def _wait_for_server(self, handle: Handle, deadline: float) -> None:
+        """Wait until it listens on its port. Meanwhile progress, and a failure's message, name the ports that it does
+        listen on, which are the mistake most often made."""
+        seen = ""
+
+        async def look() -> None:
+            nonlocal seen
+            with suppress(OSError, HibernodeError):
+                seen = ", ".join(await self._context.runtime.listening(handle)) or seen
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(LISTEN_CHECK_S)
+                await look()
+                if seen:
+                    self._actor.set_progress(f"{waits}; it listens on {seen}")
+
+        waits = f"waiting for its server on port {handle.port}"
+        self._actor.set_progress(waits)
+        watching = asyncio.create_task(watch(), name=f"ports {handle.uid}")
+        try:
+            await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
+        except InstanceError as error:
+            await look()
+            if not seen:
+                raise
+            raise InstanceError(error.reason, f"{error.message} It listens on {seen} instead.") from error
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     async def _log_tail(self, handle: Handle) -> str:
         try:

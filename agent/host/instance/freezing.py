@@ -130,7 +130,7 @@ class FreezeOperations:
         gpu_map = device_map(old, new, context.gpu_models)
         connecting = asyncio.create_task(_connect_ahead(actor.pool), name=f"connect {actor.uid}")
         try:
-            result = await context.freezer.wake(handle, gpu_map)
+            result = await context.freezer.wake(handle, gpu_map, new)
         finally:
             connecting.cancel()
         if result.outcome is not Outcome.OK and actor.pool is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.core.gpus.host_memory import MARGIN_BYTES, MemoryLedger
+from agent.core.sizes import size_text
 from agent.core.types import Handle
 from agent.log import get_logger
 from agent.ports import HostMemory
@@ -134,8 +135,8 @@ class MemoryReservations:
                 self.ledger = self.ledger.restored(handle.uid)
                 raise PreconditionError(
                     "HOST_MEMORY_SHORT",
-                    f"the instance's memory limit leaves {headroom} bytes, its GPU image needs {image_bytes} "
-                    f"and a margin of {MARGIN_BYTES}; {why}",
+                    f"the instance's memory limit leaves {size_text(headroom)}, its GPU image needs "
+                    f"{size_text(image_bytes)} and a margin of {size_text(MARGIN_BYTES)}; {why}",
                 )
         if self._noted.get(handle.uid) != image_bytes:
             self._noted[handle.uid] = image_bytes

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
+from agent.core.gpu_fit import NO_SUCH_GPU, NodeGpus, misfit, suits, wanted
 from agent.core.gpus import allocator_events
 from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
-from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
+from agent.core.types import FunctionSpec, Gpu, IdleMode, InstanceSpec, InstanceState
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor, StateListener
 from agent.host.instance.context import InstanceContext
@@ -100,7 +101,8 @@ class Node:
         """Make one instance; returns as soon as its record is durable (it is STARTING then).
 
         The same `request_id` returns the same instance again. Raises ConflictError if it was used for another function,
-        PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError.
+        PreconditionError (runtime, idle mode, GPU type and memory, host memory), ExhaustedError GPU_CAPACITY,
+        UnavailableError.
         """
         # The same create may still be on its way to the disk: wait for its outcome.
         while (running := self._creating.get(request_id)) is not None:
@@ -113,7 +115,7 @@ class Node:
         self.context.runtime.accepts(function)
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
-        gpus = self.broker.assign(spec.uid, function.gpu.count, function.gpu.model)
+        gpus = self.broker.assign(spec.uid, function.gpu.count, self._suiting(function), wanted(function.gpu))
         # A task of its own: a caller that disconnects must not leave half an instance.
         task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
         self._creating[request_id] = task
@@ -138,7 +140,13 @@ class Node:
             if isinstance(error, UnavailableError):
                 await self._forget_record(spec.uid)  # a late write may still have succeeded
             raise
-        self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
+        self._events.add(
+            spec.uid,
+            "instance.created",
+            function=spec.function.name,
+            gpus=",".join(gpus),
+            request_id=spec.request_id,
+        )
         self.fitness_changed(actor)  # the first report: a start may take minutes without a state change
         actor.handle(ev.Created())
         return actor
@@ -166,13 +174,23 @@ class Node:
         need = function.gpu
         if need.gpu_type and not need.model:
             model = self._settings.types.get(need.gpu_type, "")
-            function = replace(function, gpu=GpuNeed(need.count, model, need.gpu_type, need.memory_bytes))
+            need = replace(need, model=model)
+            function = replace(function, gpu=need)
         missing = self._settings.freeze_unavailable
         if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
             raise PreconditionError(
                 "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer, which keeps it always awake"
             )
         return function
+
+    def _suiting(self, function: FunctionSpec) -> frozenset[str]:
+        """The GPUs that have the type and memory it asks for. Raises PreconditionError NO_SUCH_GPU if they are too few,
+        in use or not."""
+        gpus, types = [gpu for gpu in self.broker.inventory.values() if not gpu.mig], self._settings.types
+        unfit = misfit(function.gpu, [NodeGpus(gpus, types)], "this node")
+        if unfit:
+            raise PreconditionError(NO_SUCH_GPU, unfit)
+        return frozenset(gpu.uuid for gpu in gpus if suits(function.gpu, gpu, types))
 
     def _pledge(self, spec: InstanceSpec) -> None:
         """Promise host memory to an instance that shares its GPU, before it starts: the images of all must fit."""

@@ -30,6 +30,7 @@ class NodeIdentity:
     start_wall_ns: int
     host_total_bytes: int
     labels: Mapping[str, str] = field(default_factory=dict)
+    gpu_types: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observer:
@@ -60,6 +61,10 @@ class Observer:
         self._gpu_samples = gpu_samples
         self._gauges = gauges
         self._peak = peak
+
+    def monotonic_ns(self) -> int:
+        """The clock that dates usage windows."""
+        return self._clock.monotonic_ns()
 
     def instance(self, actor: Actor) -> InstanceSnapshot:
         """One instance, now."""
@@ -150,6 +155,7 @@ class Observer:
             start_wall_ns=me.start_wall_ns,
             labels=me.labels,
             migrates=node.broker.allocator.migrate,
+            gpu_types=me.gpu_types,
         )
 
     def _gpus(self) -> list[GpuSnapshot]:

@@ -1,5 +1,8 @@
 """Recovers the instances of an earlier agent: the state found counts, not the state last written.
 
+What can't be read is left alone: an instance whose record is damaged, or of a newer version, is neither adopted, billed
+nor killed, and its GPUs are out of use, until an agent can read it or its processes have ended.
+
 Containers outlive the agent. A process is identified by (boot, pid, start time). The cgroup is read before any driver
 call, because the driver can't answer for a frozen process. The node is ready when all are done or past their deadline.
 """
@@ -11,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent.core.errors import HibernodeError, UnavailableError
-from agent.core.instance_record import InstanceRecord, RecordPhase
+from agent.core.instance_record import InstanceRecord, RecordPhase, UnreadableRecord
 from agent.core.lifecycle import events as ev
 from agent.core.types import Handle, InstanceState
 from agent.host.instance.actor import Actor
@@ -34,6 +37,7 @@ class RecoverySummary:
     gone: int = 0
     killed: int = 0
     orphans: int = 0
+    unreadable: int = 0
 
 
 class Recovery:
@@ -65,11 +69,13 @@ class Recovery:
         records = await self._context.store.load_instances()
         handles = {handle.uid: handle for handle in await self._context.runtime.list_handles()}
         await self._require_gpus(records, handles)
-        recorded = {record.spec.uid for record in records}
+        unreadable = await self._context.store.unreadable_instances()
+        recorded = {record.spec.uid for record in records} | {record.uid for record in unreadable}
         orphans = [handle for uid, handle in handles.items() if uid not in recorded]
         await asyncio.gather(
             *(self._within_deadline(record, handles.get(record.spec.uid)) for record in records),
             *(self._destroy_orphan(handle) for handle in orphans),
+            *(self._leave_alone(record, handles.get(record.uid)) for record in unreadable),
         )
         actors = self._node.actors
         await self._context.memory.restore_limits(
@@ -242,6 +248,30 @@ class Recovery:
         if await self._destroy(handle, ()):
             self.found.orphans += 1
             self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
+
+    async def _leave_alone(self, record: UnreadableRecord, handle: Handle | None) -> None:
+        """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone."""
+        if handle is None or not await self._context.runtime.alive(handle):
+            if handle is not None:
+                await self._context.remove(handle)
+            await self._forget_record(record.uid)
+            self.found.gone += 1
+            self._context.events.add(record.uid, "instance.gone", "it ended while its record could not be read")
+            return
+        shown = await self._node.broker.gpus_of(set(await self._context.runtime.pids(handle)))
+        self._node.broker.cordon(
+            record.uid,
+            [uuid for uuid in (record.gpu_uuids if shown is None else shown) if uuid in self._known_gpus],
+            f"INSTANCE_UNREADABLE: {record.uid} runs on it, and its record can't be read",
+            source=record.uid,
+            lasting=True,
+        )
+        self.found.unreadable += 1
+        text = (
+            f"its record can't be read ({record.problem}), so it is left alone, unused and unbilled; install the "
+            "version that wrote it, or kill its processes and restart the agent"
+        )
+        self._context.events.add(record.uid, "instance.record_unreadable", text)
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
         """Kill and clean up; returns whether that succeeded. If not, its GPUs are cordoned: it may still use them."""

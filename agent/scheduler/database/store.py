@@ -7,7 +7,7 @@ secrets included: only its owner can read the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,13 @@ _PROVISION = sa.Table(
     _METADATA,
     sa.Column("function", text_type(64), primary_key=True),
     sa.Column("config", sa.LargeBinary, nullable=False),
+)
+# The target last decided for a function with a schedule or policies, while all of them could be read.
+_LAST_TARGETS = sa.Table(
+    "last_targets",
+    _METADATA,
+    sa.Column("function", text_type(64), primary_key=True),
+    sa.Column("target", sa.Integer, nullable=False),
 )
 
 
@@ -130,7 +137,8 @@ class Store:
     async def delete_function(self, name: str) -> None:
         """Delete a function; its last revision is kept."""
         of_function = sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name)
-        await self._write(of_function, sa.delete(_PROVISION).where(_PROVISION.c.function == name))
+        provision = sa.delete(_PROVISION).where(_PROVISION.c.function == name)
+        await self._write(of_function, provision, sa.delete(_LAST_TARGETS).where(_LAST_TARGETS.c.function == name))
 
     async def nodes(self) -> list[str]:
         return [row["name"] for row in await self._rows(sa.select(_NODES.c.name).order_by(_NODES.c.name))]
@@ -159,6 +167,19 @@ class Store:
         """Serialised v1.ProvisionConfig by function, for functions with a schedule or policies."""
         rows = await self._rows(sa.select(_PROVISION.c.function, _PROVISION.c.config))
         return {row["function"]: bytes(row["config"]) for row in rows}
+
+    async def last_targets(self) -> dict[str, int]:
+        """By function."""
+        rows = await self._rows(sa.select(_LAST_TARGETS.c.function, _LAST_TARGETS.c.target))
+        return {row["function"]: row["target"] for row in rows}
+
+    async def put_last_targets(self, targets: Mapping[str, int]) -> None:
+        """Insert or replace them, in one transaction."""
+        statements: list[sa.Executable] = []
+        for name, target in targets.items():
+            statements.append(sa.delete(_LAST_TARGETS).where(_LAST_TARGETS.c.function == name))
+            statements.append(sa.insert(_LAST_TARGETS).values(function=name, target=target))
+        await self._write(*statements)
 
     async def _rows(self, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
         def read() -> Sequence[sa.RowMapping]:

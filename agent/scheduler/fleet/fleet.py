@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from agent.core.billing.absence import Absence
 from agent.core.dispatch.events import Event, InstanceGone, NodeLost, NodeSuspect
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import InvalidArgumentError, PreconditionError
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.ports import Clock
+from agent.scheduler.fleet.away import Away
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Gpu, Instance, Node
 from agent.wire.addresses import registered_target
@@ -48,6 +51,9 @@ class NodeRecord:
       without a message yet, and their machines.
     - `synced`: no message of the stream has been missed since its last snapshot.
     - `all_reported`: its agent has reported all of its instances. `seen`: those named since the stream's last snapshot.
+    - `load`: its last heartbeat; `load_ns`: when that came (monotonic ns).
+    - `away`: the time for which it is given up, until that is measured (away.py). `giving_up`: it is being noted that
+      the node is given up; it is LOST after that.
     - `idle_since`: by uid, when the instance had its last request (monotonic ns), as its agent reported.
     """
 
@@ -64,11 +70,14 @@ class NodeRecord:
     all_reported: bool = False
     registration: Registration = field(default_factory=Registration)
     load: NodeLoad = field(default_factory=NodeLoad)
+    load_ns: int = 0
     gpus: Sequence[Gpu] = ()
     instances: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     idle_since: dict[str, int] = field(default_factory=dict)
     opening: dict[int, str] = field(default_factory=dict)
+    away: Away | None = None
+    giving_up: bool = False
 
     @property
     def recovering(self) -> bool:
@@ -86,10 +95,14 @@ class Fleet:
         lost_ns: int,
         first_seen: Callable[[str], None] = lambda _: None,
         insecure: bool = False,
+        note_absence: Callable[[str], None] | None = None,
+        returned: Callable[[str, Absence | None], None] = lambda name, absence: None,
     ) -> None:
         """
         - `apply_event`: sends an event to the dispatcher. `changed`: called after a change that concerns provisioning.
         - `first_seen`: gets the name of a node at its first registration ever, to store it.
+        - `note_absence`: is asked to make durable that a node is given up, and to call `give_up` then; None gives it up
+          at once. `returned` gets the absence once the node is back, None if it cannot be dated.
         - `insecure`: accept addresses on other machines, although tokens travel there in clear text.
         """
         self._clock = clock
@@ -97,6 +110,8 @@ class Fleet:
         self._changed = changed
         self._first_seen = first_seen
         self._insecure = insecure
+        self._note_absence = note_absence or self.give_up
+        self._returned = returned
         self._suspect_ns = suspect_ns
         self._lost_ns = lost_ns
         self._nodes: dict[str, NodeRecord] = {}
@@ -107,9 +122,12 @@ class Fleet:
 
     # ---- the load stream --------------------------------------------------------------------------------------
 
-    def expect(self, name: str) -> None:
-        """Add a node known from before a restart of the scheduler; it is LOST unless it reports within `lost_ns`."""
-        self._nodes.setdefault(name, NodeRecord(name, NodeStanding.SUSPECT, self._clock.monotonic_ns()))
+    def expect(self, name: str, away_ns: int | None = None) -> None:
+        """Add a node known from before a restart of the scheduler; it is LOST unless it reports within `lost_ns`.
+        `away_ns`: for how long it was given up already."""
+        now = self._clock.monotonic_ns()
+        node = self._nodes.setdefault(name, NodeRecord(name, NodeStanding.SUSPECT, now))
+        node.away = None if away_ns is None else Away(now - away_ns)
 
     def stream_opened(self, name: str, peer: str = "127.0.0.1") -> int:
         """Begin a load stream of `name` from the machine `peer`; its first message supersedes an older stream.
@@ -137,10 +155,13 @@ class Fleet:
         elif not node.registration.ingress_address or message.epoch != node.epoch:
             raise InvalidArgumentError("REGISTRATION_MISSING", "the first message of a load stream must register")
         node.last_heard_ns, node.last_heard_wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
+        if node.away is not None and node.away.heard(node.last_heard_ns, message.monotonic_ns):
+            absence, node.away = node.away.absence(node.registration.boot_id), None
+            self._returned(name, absence)
         follows = message.sequence == node.sequence + 1
         node.sequence = message.sequence
         if message.HasField("load"):
-            node.load = message.load
+            node.load, node.load_ns = message.load, node.last_heard_ns
             node.gpus = message.load.gpus or node.gpus
         if message.snapshot:
             node.synced = True
@@ -175,12 +196,30 @@ class Fleet:
         for node in self._nodes.values():
             silent = now - node.last_heard_ns
             if silent >= self._lost_ns and node.standing is not NodeStanding.LOST:
-                node.standing = NodeStanding.LOST
-                _log.warning("fleet.node_lost", node=node.name, silent_ms=silent // 1_000_000)
-                self._apply_event(NodeLost(node.name))
-                self._changed()
+                if not node.giving_up:
+                    node.giving_up = True
+                    self._begin_absence(node, now)
             elif silent >= self._suspect_ns:
                 self._suspect(node, "silent")
+
+    def _begin_absence(self, node: NodeRecord, now: int) -> None:
+        if node.away is None:
+            node.away = Away(now)
+        else:
+            node.away.silent_again()
+        self._note_absence(node.name)
+
+    def give_up(self, name: str) -> None:
+        """Mark a silent node LOST: its instances are replaced. Nothing happens if it was heard meanwhile."""
+        node = self._nodes[name]
+        node.giving_up = False
+        silent = self._clock.monotonic_ns() - node.last_heard_ns
+        if silent < self._lost_ns:
+            return
+        node.standing = NodeStanding.LOST
+        _log.warning("fleet.node_lost", node=node.name, silent_ms=silent // 1_000_000)
+        self._apply_event(NodeLost(node.name))
+        self._changed()
 
     def set_scheduling(self, name: str, scheduling: Scheduling) -> None:
         self._scheduling[name] = scheduling
@@ -199,7 +238,7 @@ class Fleet:
         return self._nodes.get(name)
 
     def nodes(self) -> list[NodeRecord]:
-        return [self._nodes[name] for name in sorted(self._nodes)]
+        return [self._nodes[name] for name in sorted(self._nodes, key=natural_key)]
 
     def instance(self, uid: str) -> InstanceLoad | None:
         owner = self._owners.get(uid)

@@ -25,7 +25,11 @@ class NodeScheduling:
     async def load(self) -> None:
         """Read the store; call once, before a node reports."""
         for name, value in (await self._store.node_scheduling()).items():
-            self._fleet.set_scheduling(name, Scheduling(value))
+            if value in Scheduling.__members__:
+                self._fleet.set_scheduling(name, Scheduling(value))
+            else:  # of another version: somebody wants something other than normal use
+                _log.error("node.scheduling_unreadable", node=name, scheduling=value)
+                self._fleet.set_scheduling(name, Scheduling.CORDONED)
 
     async def put(self, name: str, scheduling: Scheduling) -> None:
         """Store and apply it. Raises NotFoundError NODE_NOT_FOUND, UnavailableError STORE_FAILED."""

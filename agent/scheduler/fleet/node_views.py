@@ -53,7 +53,10 @@ def _view(
             unassigned.append(replace(functions.get(load.function, _ANYTHING), memory_bytes=0))
     view = NodeView(
         name=node.name,
-        gpus=tuple(GpuView(gpu.uuid, gpu.model, sharers.get(gpu.uuid, 0)) for gpu in usable_gpus(node)),
+        gpus=tuple(
+            GpuView(gpu.uuid, gpu.model, sharers.get(gpu.uuid, 0), gpu.memory_total_bytes) for gpu in usable_gpus(node)
+        ),
+        gpu_types=dict(registration.gpu_types),
         instances_per_gpu=max(1, registration.instances_per_gpu),
         migrates=registration.gpu_migration,
         memory_free_bytes=memory.available_bytes - memory.reserved_bytes if memory.total_bytes else None,

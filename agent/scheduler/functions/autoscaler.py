@@ -3,10 +3,11 @@
 `core/provisioning/autoscaling.py` decides from the clock and from what the fleet reports; the catalog gets the outcome.
 Functions that have neither schedule nor policies keep their default target.
 
-Nothing is kept across a restart of the scheduler: firings follow from the clock, and policies begin anew with the
-instances there are, once every known node has reported or is lost. Until then nothing is created or stopped
-(core/provisioning/reconcile.py), and after that the autoscaler acts before the provisioner does. If a node is lost
-before its first report and reports later, the policies raise their targets to the instances there are then.
+Across a restart of the scheduler only the last target is kept (last_targets.py), for what can't be read then. Firings
+follow from the clock, and policies begin anew with the instances there are, once every known node has reported or is
+lost. Until then nothing is created or stopped (core/provisioning/reconcile.py), and after that the autoscaler acts
+before the provisioner does. If a node is lost before its first report and reports later, the policies raise their
+targets to the instances there are then.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from agent.core.provisioning.model import parse_request_id
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.scaling_metrics import Gauge, ScalingMetrics, View
-from agent.v1.scheduler_service_pb2 import NodeLoad
 from agent.v1.types_pb2 import Instance
 
 CHECK_S = 1.0
@@ -98,6 +100,7 @@ class Autoscaler:
         period_ns: int,
         patience: Patience,
         changed: Callable[[], None],
+        last_targets: LastTargets,
     ) -> None:
         self._clock = clock
         self._catalog = catalog
@@ -106,8 +109,8 @@ class Autoscaler:
         self._period_ns = period_ns
         self._patience = patience
         self._changed = changed
+        self._last_targets = last_targets
         self._scaling: dict[str, _FunctionScaling] = {}
-        self._loads: dict[str, tuple[NodeLoad, int]] = {}
         self._never_heard: set[str] = set()
         self._policies_wait = False
 
@@ -126,10 +129,10 @@ class Autoscaler:
         functions = {one.spec.name: one for one in self._catalog.all() if one.provisioning and not one.deleting}
         for name in self._scaling.keys() - functions.keys():
             del self._scaling[name]
+            self._last_targets.forget(name)
         self._policies_wait = False
         late_nodes = self._late_nodes_reported()
         if not functions:
-            self._loads.clear()
             return
         at, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         views = self._views(functions)
@@ -197,21 +200,37 @@ class Autoscaler:
     def _decide(self, function: Deployed, scaling: _FunctionScaling, view: View, all_reported: bool, wall: int) -> bool:
         for policy in scaling.tracking.keys() - set(scaling.active):
             del scaling.tracking[policy]
-        targets = []
+        targets, waits = [], False
         for policy in scaling.active:
             tracking = scaling.tracking.get(policy)
             if tracking is None and all_reported:
                 tracking = scaling.tracking[policy] = begin(policy, view.current)
-            self._policies_wait |= tracking is None
+            waits |= tracking is None
             targets.append((policy.name, policy.min_capacity if tracking is None else tracking.target))
         firings = [fired for timer in scaling.timers if (fired := timer.at(wall)) is not None]
-        decided = decide(function.default_target, scheduled(firings, wall), targets)
-        name = function.spec.name
+        name, last = function.spec.name, 0
+        unreadable = [one for one in scaling.provisioning.unreadable if one.window.contains(wall)]
+        if unreadable:
+            known = self._last_target(function, view, all_reported)
+            waits |= known is None
+            last = function.target if known is None else known
+        decided = decide(function.default_target, scheduled(firings, wall), targets, unreadable, last)
+        self._policies_wait |= waits
+        if not (waits or unreadable):
+            self._last_targets.note(name, decided.target)
         changed = self._catalog.set_target(name, decided)
         if changed:
             before, by = function.target, decided.decided_by
             _log.info("scaling.decided", function=name, target=decided.target, before=before, decided_by=by)
         return changed
+
+    def _last_target(self, function: Deployed, view: View, all_reported: bool) -> int | None:
+        """The function's last target. If none was ever stored, the instances there are count as such; None until all
+        nodes have reported them."""
+        name = function.spec.name
+        if self._last_targets.get(name) is None and all_reported:
+            self._last_targets.note(name, max(function.default_target, view.current))
+        return self._last_targets.get(name)
 
     # ---- what the fleet reports -------------------------------------------------------------------------------
 
@@ -248,27 +267,22 @@ class Autoscaler:
                     view.silent += 1
                     view.silent_leases += self._dispatcher.leased(uid)
             if reports:
-                self._gauges(node, views)
-        for name in self._loads.keys() - {node.name for node in nodes}:
-            del self._loads[name]
+                _add_gauges(node, views)
         return views
 
-    def _gauges(self, node: NodeRecord, views: Mapping[str, View]) -> None:
-        """Add the gauges of the node's last heartbeat, dated by the node's last message when they are first seen."""
-        load, received_ns = self._loads.get(node.name, (None, 0))
-        if load is not node.load:
-            received_ns = node.last_heard_ns
-            self._loads[node.name] = (node.load, received_ns)
-        for gauge in node.load.instances:
-            instance = node.instances.get(gauge.uid)
-            view = None if instance is None else views.get(instance.function)
-            if view is not None and instance is not None and instance.state not in _GOING:
-                view.gauges[gauge.uid] = Gauge(
-                    received_ns,
-                    gauge.cpu_ns if gauge.HasField("cpu_ns") else None,
-                    gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
-                    gauge.vram_limit_bytes,
-                )
+
+def _add_gauges(node: NodeRecord, views: Mapping[str, View]) -> None:
+    """Add the gauges of the node's last heartbeat, dated by its arrival."""
+    for gauge in node.load.instances:
+        instance = node.instances.get(gauge.uid)
+        view = None if instance is None else views.get(instance.function)
+        if view is not None and instance is not None and instance.state not in _GOING:
+            view.gauges[gauge.uid] = Gauge(
+                node.load_ns,
+                gauge.cpu_ns if gauge.HasField("cpu_ns") else None,
+                gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
+                gauge.vram_limit_bytes,
+            )
 
 
 def _raise_targets(scaling: _FunctionScaling, current: int) -> None:

@@ -3,67 +3,32 @@
 A deploy that changes the spec makes a new revision; the same content again only retries instances that were given up.
 A change is durable before it takes effect. The catalog lives in memory; the store is read once, at start.
 
-The autoscaler sets the target of a function with a schedule or policies (`set_target`). It is not stored, since it
-follows from the clock and from what the fleet reports.
+The autoscaler sets the target of a function with a schedule or policies (`set_target`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
-from agent.core.errors import InvalidArgumentError, NotFoundError
+from agent.core.errors import NotFoundError, PreconditionError
 from agent.core.function_rules import bounded
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
+from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.database.store import FunctionRow, Store
+from agent.scheduler.database.store import Store
 from agent.scheduler.functions.deploy_rules import Defaults, checked, checked_provision, set_idle_mode, warnings_of
+from agent.scheduler.functions.deployed import Deployed, deployed_of, row_of, stored_config
 from agent.v1 import types_pb2
-from agent.v1.function_service_pb2 import DeployFunctionRequest, Function, HttpTrigger, ProvisionConfig
-from agent.wire.convert_function import function_from_proto
-from agent.wire.convert_provision import provisioning_from_proto
+from agent.v1.function_service_pb2 import DeployFunctionRequest, ProvisionConfig
+from agent.wire.convert_function import function_from_proto, stored_function
 
 _log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a function has fewer instances than its target. `no_capacity_expected`: only a change will help, not time."""
-
-    reason: str
-    message: str
-    no_capacity_expected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """A deployed function.
-
-    - `message`: the whole spec with its secrets, for agents only; `spec`: the same for the core.
-    - `methods`: those that its triggers allow; empty means all.
-    - `target`: how many instances it should have now, `decided_by` an action or policy ("": by `default_target`).
-    - `config`: schedule and policies as they were put; `provisioning`: the same, parsed.
-    """
-
-    spec: FunctionSpec
-    message: types_pb2.FunctionSpec
-    triggers: tuple[HttpTrigger, ...]
-    methods: frozenset[bytes]
-    target: int
-    create_wall_ns: int
-    update_wall_ns: int
-    deleting: bool = False
-    default_target: int = 0
-    config: ProvisionConfig = field(default_factory=ProvisionConfig)
-    provisioning: Provisioning = field(default_factory=Provisioning)
-    decided_by: str = ""
-
-    def __repr__(self) -> str:
-        return f"Deployed({self.spec.name!r}, revision={self.spec.revision}, target={self.target})"
 
 
 class Catalog:
@@ -76,12 +41,15 @@ class Catalog:
         apply_event: Callable[[Event], None],
         changed: Callable[[], None],
         defaults: Defaults,
+        gpu_check: Callable[[FunctionSpec, bool], list[str]] = lambda spec, runs: [],
     ) -> None:
+        """`gpu_check`: see GpuCheck (gpu_check.py)."""
         self._clock = clock
         self._store = store
         self._apply_event = apply_event
         self._changed = changed
         self._defaults = defaults
+        self._gpu_check = gpu_check
         self._functions: dict[str, Deployed] = {}
         self._problems: dict[str, Problem] = {}
         self._deploys: dict[str, int] = {}
@@ -105,13 +73,22 @@ class Catalog:
 
     def all(self) -> list[Deployed]:
         """Every function, those being deleted included, by name."""
-        return [self._functions[name] for name in sorted(self._functions)]
+        return [self._functions[name] for name in sorted(self._functions, key=natural_key)]
 
     def was_deleted(self, name: str) -> bool:
         return name in self._revisions and name not in self._functions
 
-    def problem(self, name: str) -> Problem | None:
+    def shortage(self, name: str) -> Problem | None:
+        """Why the function has fewer instances than its target."""
         return self._problems.get(name)
+
+    def problem(self, name: str) -> Problem | None:
+        """What people should know of the function: its shortage, and what can't be read of it."""
+        shortage, found = self._problems.get(name), self._functions.get(name)
+        trouble = None if found is None or found.deleting else found.trouble
+        if shortage is None or trouble is None:
+            return shortage or trouble
+        return replace(shortage, message=f"{shortage.message}; {trouble.message}")
 
     def deploys(self, name: str) -> int:
         """How often it was deployed or provisioned since the start; each time, given-up instances are retried."""
@@ -124,12 +101,13 @@ class Catalog:
         self._revisions = await self._store.revisions()
         configs = await self._store.provision_configs()
         for row in await self._store.functions():
-            self._put(_of_row(row, configs.get(row.name, b"")))
+            self._put(deployed_of(row, configs.get(row.name, b"")))
 
     async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
         """Create or replace a function; `validate_only` changes nothing. Returns it as deployed, and warnings.
 
-        Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), UnavailableError STORE_FAILED.
+        Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), PreconditionError NO_SUCH_GPU,
+        UnavailableError STORE_FAILED.
         """
         message, triggers = checked(request, self._defaults)
         given = checked_provision(request.provision) if request.HasField("provision") else None
@@ -152,11 +130,11 @@ class Catalog:
                 provisioning=found,
                 decided_by=decided.decided_by,
             )
-            warnings = warnings_of(message.name, request.target, kept, found, now)
+            warnings = self._warnings(deployed)
             if before is not None and message.name not in self._unconfirmed and _same(before, deployed):
                 deployed = before
             elif not request.validate_only:
-                await self._keep(deployed, None if given is None else _stored(kept))
+                await self._keep(deployed, None if given is None else stored_config(kept))
             if request.validate_only:
                 return deployed, warnings
             return self._deployed(deployed), warnings
@@ -166,14 +144,18 @@ class Catalog:
     ) -> tuple[Deployed, list[str]]:
         """Replace a function's default target, schedule and policies. Returns the function, and warnings.
 
-        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED. Nothing has changed
-        then, unless the message of STORE_FAILED says that the change may take effect at the next start.
+        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), PreconditionError FUNCTION_UNREADABLE and
+        NO_SUCH_GPU (a target needs GPUs that no node has), UnavailableError STORE_FAILED. Nothing has changed then,
+        unless the message of STORE_FAILED says that the change may take effect at the next start.
         """
         bounded("default_target", config.default_target, 0, MAX_TARGET)
         kept, found = checked_provision(config)
         async with self._writing:
             before = self._known(name)
             now = self._clock.wall_ns()
+            if before.spec_lost or before.closed:
+                text = f"{before.unreadable}; its provisioning can be put after that"
+                raise PreconditionError("FUNCTION_UNREADABLE", text, function=name)
             message = types_pb2.FunctionSpec()
             message.CopyFrom(before.message)
             set_idle_mode(message, config)
@@ -181,7 +163,7 @@ class Catalog:
             decided = _decision(before, found, config.default_target)
             deployed = replace(
                 before,
-                spec=function_from_proto(message),
+                spec=stored_function(message)[0],
                 message=message,
                 target=decided.target,
                 default_target=config.default_target,
@@ -190,11 +172,12 @@ class Catalog:
                 decided_by=decided.decided_by,
                 update_wall_ns=before.update_wall_ns if message.revision == before.spec.revision else now,
             )
+            warnings = self._warnings(deployed)
             if not validate_only:
                 if name in self._unconfirmed or not _same(before, deployed):
-                    await self._keep(deployed, _stored(kept))
+                    await self._keep(deployed, stored_config(kept))
                 deployed = self._deployed(deployed)
-            return deployed, warnings_of(name, config.default_target, kept, found, now)
+            return deployed, warnings
 
     def set_target(self, name: str, decided: Decision) -> bool:
         """Apply what schedule and policies have decided; returns whether the target has changed."""
@@ -248,9 +231,18 @@ class Catalog:
             del self._problems[name]
         else:
             self._problems[name] = problem
-            _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
+            if before is None or before.news != problem.news:
+                reason, message, attempt = problem.news
+                _log.warning("function.degraded", function=name, reason=reason, message=message, attempt=attempt)
         if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
+
+    def _warnings(self, deployed: Deployed) -> list[str]:
+        """What is accepted but looks like a mistake. Raises PreconditionError NO_SUCH_GPU."""
+        name, target, found = deployed.spec.name, deployed.default_target, deployed.provisioning
+        wall_ns = self._clock.wall_ns()
+        about_gpus = self._gpu_check(deployed.spec, bool(target or found))
+        return [*about_gpus, *warnings_of(name, target, deployed.config, found, wall_ns)]
 
     def _known(self, name: str) -> Deployed:
         found = self.find(name)
@@ -262,14 +254,17 @@ class Catalog:
         """Store the function. `provision`: as for `Store.put_function`."""
         name = deployed.spec.name
         if name in self._unconfirmed:
-            provision = _stored(deployed.config)
+            provision = stored_config(deployed.config)
         self._unconfirmed.add(name)
-        await self._store.put_function(_row(deployed), provision)
+        await self._store.put_function(row_of(deployed), provision)
         self._unconfirmed.discard(name)
 
     def _deployed(self, deployed: Deployed) -> Deployed:
         """Make a stored deploy take effect; returns the function as it is then."""
         name, revision = deployed.spec.name, deployed.spec.revision
+        # The autoscaler may have set another target while the store wrote.
+        decided = _decision(self._functions.get(name), deployed.provisioning, deployed.default_target)
+        deployed = replace(deployed, target=decided.target, decided_by=decided.decided_by)
         self._problems.pop(name, None)
         self._deploys[name] = self._deploys.get(name, 0) + 1
         self._put(deployed)
@@ -311,6 +306,8 @@ def _same(before: Deployed, after: Deployed) -> bool:
         and before.triggers == after.triggers
         and before.default_target == after.default_target
         and before.config == after.config
+        and (before.spec_lost, before.closed, before.provisioning.unreadable)
+        == (after.spec_lost, after.closed, after.provisioning.unreadable)
         and not before.deleting
     )
 
@@ -325,44 +322,3 @@ def _decision(before: Deployed | None, found: Provisioning, default: int) -> Dec
     if before is None or before.deleting or not found:
         return Decision(default)
     return Decision(before.target, before.decided_by)
-
-
-def _stored(config: ProvisionConfig) -> bytes:
-    return config.SerializeToString(deterministic=True)
-
-
-def _row(deployed: Deployed) -> FunctionRow:
-    return FunctionRow(
-        name=deployed.spec.name,
-        revision=int(deployed.spec.revision),
-        spec=deployed.message.SerializeToString(deterministic=True),
-        target=deployed.default_target,
-        triggers=Function(triggers=deployed.triggers).SerializeToString(deterministic=True),
-        create_wall_ns=deployed.create_wall_ns,
-        update_wall_ns=deployed.update_wall_ns,
-        deleting=deployed.deleting,
-    )
-
-
-def _of_row(row: FunctionRow, stored: bytes) -> Deployed:
-    message = types_pb2.FunctionSpec.FromString(row.spec)
-    triggers = tuple(Function.FromString(row.triggers).triggers)
-    config = ProvisionConfig.FromString(stored)
-    try:
-        provisioning = provisioning_from_proto(config)
-    except InvalidArgumentError as error:  # its time zone is not known on this host any more
-        _log.error("provision.not_understood", function=row.name, reason=error.reason, message=error.message)
-        provisioning = Provisioning()
-    return Deployed(
-        spec=function_from_proto(message),
-        message=message,
-        triggers=triggers,
-        methods=frozenset(method.encode() for trigger in triggers for method in trigger.methods),
-        target=row.target,
-        create_wall_ns=row.create_wall_ns,
-        update_wall_ns=row.update_wall_ns,
-        deleting=row.deleting,
-        default_target=row.target,
-        config=config,
-        provisioning=provisioning,
-    )

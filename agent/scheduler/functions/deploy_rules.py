@@ -14,7 +14,7 @@ from agent.core.types import SECOND_NS, DispatchPolicy, IdleMode
 from agent.v1 import types_pb2
 from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger, ProvisionConfig
 from agent.wire.convert_enums import dispatch_to_proto, idle_mode_to_proto
-from agent.wire.convert_function import function_from_proto
+from agent.wire.convert_function import function_from_proto, stored_function
 from agent.wire.convert_provision import provisioning_from_proto, windows_ended
 
 MAX_TRIGGERS = 10
@@ -59,8 +59,8 @@ def checked(
 
 def set_idle_mode(message: types_pb2.FunctionSpec, config: ProvisionConfig) -> None:
     """Apply `alwaysAllocateGPU`, if set: true turns idle mode off, false on. An idle mode that agrees already is not
-    rewritten, since that would make a new revision. Raises InvalidArgumentError for an unreadable spec."""
-    never = function_from_proto(message).idle.mode is IdleMode.NEVER
+    rewritten, since that would make a new revision."""
+    never = stored_function(message)[0].idle.mode is IdleMode.NEVER
     if config.HasField("always_allocate_gpu") and config.always_allocate_gpu != never:
         mode = IdleMode.NEVER if config.always_allocate_gpu else IdleMode.REQUIRE
         message.idle_policy.mode = idle_mode_to_proto(mode)
@@ -81,7 +81,7 @@ def checked_provision(config: ProvisionConfig) -> tuple[ProvisionConfig, Provisi
 def warnings_of(name: str, target: int, config: ProvisionConfig, found: Provisioning, wall_ns: int) -> list[str]:
     """What is accepted but looks like a mistake."""
     warnings = windows_ended(config, found, wall_ns)
-    if not target and not any(window.end_ns > wall_ns for window in found.windows):
+    if not target and not any(window.end_ns > wall_ns for window in found.windows.values()):
         warnings.append(f"target is 0: {name} has no instances and answers 503 NoCapacity")
     return warnings
 

@@ -17,7 +17,13 @@ from typing import Any
 
 from agent.core.dispatch.events import Event, InstanceRetired
 from agent.core.dispatch.model import NodeStanding
-from agent.core.errors import DeadlineError, HibernodeError, NotFoundError
+from agent.core.errors import (
+    DeadlineError,
+    HibernodeError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from agent.core.provisioning.model import ObservedInstance, parse_request_id
 from agent.core.provisioning.placement import (
     NodeView,
@@ -29,17 +35,18 @@ from agent.core.provisioning.placement import (
     place,
 )
 from agent.core.provisioning.reconcile import Create, DesiredState, ReconcilePlan, Stop, plan
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, InstanceState, StopCause
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_views import node_views
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.functions.provision_state import HAS_ENDED, RETRY_NS, ProvisionState
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
 from agent.v1.types_pb2 import Instance
-from agent.wire.convert_enums import state_from_proto
+from agent.wire.convert_enums import state_from_proto, stop_cause_to_proto
 
 CREATE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 180.0
@@ -129,7 +136,7 @@ class Provisioner:
             state.stopping &= set(observed[name])
             for one in observed[name].values():
                 if not (one.on_lost_node or one.state in HAS_ENDED or one.state is InstanceState.STOPPING):
-                    self._begin_stop(state, Stop(one.uid, one.node))
+                    self._begin_stop(state, Stop(one.uid, one.node, StopCause.FUNCTION_DELETED))
         return orphaned
 
     # ---- one function -----------------------------------------------------------------------------------------
@@ -137,17 +144,19 @@ class Provisioner:
     async def _one(self, function: Deployed, reported: dict[str, ObservedInstance], now: int) -> int:
         name = function.spec.name
         state = self._states.setdefault(name, ProvisionState())
+        if function.spec_lost and not function.deleting:
+            return now + int(ROUND_S * SECOND_NS)  # its instances can't be made again, and so they must not go
         state.follow_deploys(function.spec.revision, self._catalog.deploys(name))
-        alive = state.update(reported, self._fleet, now)
+        alive = state.update(reported, self._fleet, now, self._clock.wall_ns())
         here = [replace(one, state=InstanceState.STOPPING) if one.uid in state.stopping else one for one in alive]
-        desired = DesiredState(name, function.spec.revision, function.target)
+        desired = DesiredState(name, function.spec.revision, function.target, function.deleting)
         all_reported = self._fleet.all_reported()
         todo = plan(desired, here, state.attempts, frozenset(state.creating), all_reported, now)
         for stop in todo.stops:
             self._begin_stop(state, stop)
         self._unretire(state, alive)
         unplaceable = self._create_all(function, state, todo, here)
-        self._catalog.set_problem(name, state.problem(todo, unplaceable))
+        self._catalog.set_problem(name, state.problem(todo, unplaceable, here, now))
         left = [one for one in alive if not one.on_lost_node]
         if function.deleting and all_reported and not (left or state.creating or state.unreported):
             await self._catalog.forget(name)
@@ -214,7 +223,7 @@ class Provisioner:
         state.serving_at_stop = serving
         for one in todo.may_give_way:
             if one.uid in uids:
-                self._begin_stop(state, Stop(one.uid, one.node))
+                self._begin_stop(state, Stop(one.uid, one.node, StopCause.REPLACED))
         return True
 
     async def _create(self, function: Deployed, state: ProvisionState, create: Create, node: str) -> None:
@@ -225,20 +234,19 @@ class Provisioner:
         try:
             channel = self._channels.channel(node)
             answer = await channel.call(channel.instances.CreateInstance, request, CREATE_TIMEOUT_S)
-            instance = answer.instance
-            state_from_proto(instance.state)  # an unreadable answer is as good as none
+            instance = _readable(answer.instance)
         except HibernodeError as caught:
-            instance, error = None, caught
+            error = caught
         finally:
             if state.revision == made_by.revision:
                 state.creating.pop(ordinal, None)
-        now = self._clock.monotonic_ns()
+        now, wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
         if state.revision == made_by.revision:
             state.unanswered.pop(ordinal, None)
             if instance is not None:
-                state.created(made_by, instance, node, self._fleet, now, self._clock.wall_ns())
+                state.created(made_by, instance, node, self._fleet, now, wall_ns)
             elif error is not None:
-                state.not_created(made_by, error, node, now)
+                state.not_created(made_by, error, node, now, wall_ns)
         self.poke()
 
     # ---- stopping ---------------------------------------------------------------------------------------------
@@ -259,8 +267,8 @@ class Provisioner:
                 self._apply_event(InstanceRetired(one.uid, retired=False))
 
     async def _stop(self, state: ProvisionState, stop: Stop) -> None:
-        _log.info("provision.stopping", uid=stop.uid, node=stop.node)
-        request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS)
+        _log.info("provision.stopping", uid=stop.uid, node=stop.node, cause=stop.cause.value)
+        request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS, cause=stop_cause_to_proto(stop.cause))
         try:
             channel = self._channels.channel(stop.node)
             await channel.call(channel.instances.StopInstance, request, STOP_TIMEOUT_S)
@@ -303,3 +311,13 @@ class Provisioner:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _readable(instance: Instance) -> Instance:
+    """An instance that was created. Raises UnavailableError if its state is one of another version: it exists, so it is
+    asked for again, and no second one is made."""
+    try:
+        state_from_proto(instance.state)
+    except InvalidArgumentError as error:
+        raise UnavailableError(error.reason, f"instance {instance.uid}: {error.message}") from error
+    return instance

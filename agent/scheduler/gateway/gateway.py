@@ -23,6 +23,7 @@ from agent.core.errors import (
     NotFoundError,
     UnavailableError,
 )
+from agent.core.provisioning.problem import Problem
 from agent.core.traffic import Traffic
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.http import header_filter as rules
@@ -37,7 +38,8 @@ from agent.http.request_ids import RequestIds
 from agent.http.upstream import BROKEN
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.gateway.dispatching import DispatchLoop, Ticket
 from agent.scheduler.gateway.ingress_pools import EXHAUSTED
 from agent.scheduler.gateway.routes import INVOKE, Route, Router, method_not_allowed
@@ -112,8 +114,10 @@ class Gateway:
         token_of: Callable[[str], bytes],
         unreachable: Callable[[str], None],
         request_ids: RequestIds,
+        gpu_wait: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to."""
+        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to.
+        `gpu_wait`: who holds the GPU that an instance of a function waits for, or ""."""
         self._clock = clock
         self._router = router
         self._catalog = catalog
@@ -122,6 +126,7 @@ class Gateway:
         self._token_of = token_of
         self._unreachable = unreachable
         self._request_ids = request_ids
+        self._gpu_wait = gpu_wait
         self.counts = GatewayCounts()
         self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
 
@@ -145,6 +150,10 @@ class Gateway:
             function = self._catalog.find_folded(route.function)
         if function is None:
             raise _unknown(route.function)
+        if route.location:
+            self.counts.answered(308)
+            await exchange.answer(308, [(b"location", route.location), (b"x-fc-request-id", request_id.encode())])
+            return
         traffic = self.traffic.of(function.spec.name)
         traffic.invocations += 1
         try:
@@ -160,6 +169,8 @@ class Gateway:
         self, exchange: Exchange, request_id: str, route: Route, function: Deployed, traffic: Traffic
     ) -> None:
         head, name, began_ns = exchange.head, function.spec.name, self._clock.monotonic_ns()
+        if function.closed:
+            raise UnavailableError("FUNCTION_UNREADABLE", f"{name}: {function.unreadable}", function=name)
         if route.control_path is not INVOKE and function.methods and head.method not in function.methods:
             raise method_not_allowed(head.method)
         headers = _passing_headers(head, route, exchange.peer)
@@ -305,7 +316,14 @@ class Gateway:
                 text = f"{function.spec.queue_length} requests are already waiting for {name}; try again later"
                 return ExhaustedError("QUEUE_FULL", text, function=name)
             case RefusalReason.QUEUE_TIMEOUT:
+                problem = self._catalog.problem(name)
+                if problem is not None and problem.none_up:
+                    return _no_instance(name, problem)
                 text = f"no instance of {name} became free within its queue timeout"
+                if why := self._gpu_wait(name):
+                    text = f"{text}: {why}"
+                if problem is not None:  # those that are up are busy, and there are too few of them
+                    text = f"{text}; it has fewer instances than its target ({problem.reason})"
                 return DeadlineError("QUEUE_TIMEOUT", text, function=name)
             case RefusalReason.UNKNOWN_FUNCTION:
                 return _unknown(name)
@@ -316,9 +334,7 @@ class Gateway:
                 if problem is None:
                     text = f"{name} has no instances (its target is {function.target}); raise the target"
                     return UnavailableError("NO_CAPACITY", text, function=name)
-                if problem.reason in _START_FAILURES:
-                    return InstanceError(_START_FAILURES[problem.reason], problem.message, function=name)
-                return UnavailableError("NO_CAPACITY", f"{name} has no instances: {problem.message}", function=name)
+                return _no_instance(name, problem)
         assert_never(reason)
 
 
@@ -384,6 +400,15 @@ def _ms_to_ns(value: bytes) -> int:
     if not (whole.isdigit() and len(value) <= 16 and (not rest or rest.isdigit())):
         return 0
     return int(float(value) * MILLISECOND_NS)
+
+
+def _no_instance(name: str, problem: Problem) -> HibernodeError:
+    """The answer to a request for a function without an instance: a failed start is its own fault, any other reason is
+    the platform's."""
+    if problem.reason in _START_FAILURES:
+        return InstanceError(_START_FAILURES[problem.reason], problem.message, function=name)
+    text = f"{name} has no instance: {problem.reason}: {problem.message}"
+    return UnavailableError("NO_CAPACITY", text, function=name)
 
 
 def _unknown(name: str) -> NotFoundError:

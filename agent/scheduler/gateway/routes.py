@@ -4,6 +4,7 @@
 |---|---|---|
 | any method and path with `Host: <function>.<domain>` | the same | /http-invoke |
 | any method, `/fn/<function>/<path>` | `/<path>` | /http-invoke |
+| GET or HEAD, `/fn/<function>` | nothing; 308 to `/fn/<function>/`, for the relative links of a page | |
 | `POST /2023-03-30/functions/<function>/invocations` | `POST /invoke` | /invoke |
 """
 
@@ -25,12 +26,13 @@ _INVOCATIONS = b"/invocations"
 @dataclass(frozen=True, slots=True)
 class Route:
     """`target`: path and query for the instance. `control_path`: value of x-fc-control-path. `by_host`: the name
-    comes from a host name, in which its case may have been lost."""
+    comes from a host name, in which its case may have been lost. `location`: what to redirect to instead, or empty."""
 
     function: str
     target: bytes
     control_path: bytes
     by_host: bool = False
+    location: bytes = b""
 
 
 class Router:
@@ -47,7 +49,7 @@ class Router:
             return Route(name, head.target, HTTP_INVOKE, by_host=True)
         target = head.target
         if target.startswith(_PREFIX):
-            return _by_prefix(target)
+            return _by_prefix(head.method, target)
         if target.startswith(_API):
             return _invocation(head)
         raise NotFoundError(
@@ -65,15 +67,16 @@ class Router:
         return name[: -len(self._suffix)].decode("latin-1") if name.lower().endswith(self._suffix) else ""
 
 
-def _by_prefix(target: bytes) -> Route:
+def _by_prefix(method: bytes, target: bytes) -> Route:
     end = len(target)
     for mark in (b"/", b"?"):
         at = target.find(mark, len(_PREFIX))
         end = at if 0 <= at < end else end
-    rest = target[end:]
+    name, rest, location = target[len(_PREFIX) : end].decode("latin-1"), target[end:], b""
     if not rest.startswith(b"/"):
         rest = b"/" + rest
-    return Route(target[len(_PREFIX) : end].decode("latin-1"), rest, HTTP_INVOKE)
+        location = target[:end] + rest if method in (b"GET", b"HEAD") else b""
+    return Route(name, rest, HTTP_INVOKE, location=location)
 
 
 def _invocation(head: RequestHead) -> Route:

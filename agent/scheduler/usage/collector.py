@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from agent.core.billing.absence import without_absences
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.database.engine import engine_of
 from agent.scheduler.database.thread import DatabaseThread
+from agent.scheduler.usage.absences import absences_of
 from agent.scheduler.usage.tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
 
 MAX_BATCH = 2_000
@@ -104,7 +106,9 @@ class UsageCollector:
         A repeated window is acknowledged and changes nothing. One with a stored key and another payload is a conflict:
         acknowledged, reported, and kept up to `MAX_CONFLICTS_PER_KEY`. Refused one by one are windows of other nodes or
         of their instances, unsealed windows, invalid ones, and the keys in `unreadable`.
-        Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
+        Time in which the node was given up is stored as unbilled (core/billing/absence.py).
+        Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, or NODE_GIVEN_UP until the
+        node is back, ExhaustedError USAGE_BUSY.
         """
         if len(windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
@@ -119,7 +123,7 @@ class UsageCollector:
                 good.append(window)
         now = self._clock.wall_ns()
         loop = asyncio.get_running_loop()
-        conflicts = await self._database.run(lambda: self._store(good, now, loop)) if good else ()
+        conflicts = await self._database.run(lambda: self._store(node, good, now, loop)) if good else ()
         for key in conflicts:
             self._log.error("usage.conflict", node=node, instance=key[0], seq=key[1])
         if refused:
@@ -127,19 +131,23 @@ class UsageCollector:
             self._log.error("usage.refused", node=node, windows=len(refused), instance=uid, seq=seq, reasons=reasons)
         return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
 
-    def _store(self, windows: Sequence[UsageWindow], now: int, loop: asyncio.AbstractEventLoop) -> tuple[Key, ...]:
+    def _store(
+        self, node: str, windows: Sequence[UsageWindow], now: int, loop: asyncio.AbstractEventLoop
+    ) -> tuple[Key, ...]:
         conflicts: list[Key] = []
         with self._database.engine.begin() as connection:
             known = _digests(connection, {(w.instance_uid, w.seq) for w in windows})
+            absences = absences_of(connection, node, {w.boot_id for w in windows})
             fresh: list[dict[str, object]] = []
             new: list[UsageWindow] = []
             for window in windows:
                 key, payload = (window.instance_uid, window.seq), payload_of(window)
                 digest = digest_of(payload)
                 if key not in known:
-                    known[key] = digest
-                    fresh.append({**row_of(window), "digest": digest, "received_wall_ns": now})
-                    new.append(window)
+                    known[key] = digest  # of what was uploaded: what is billed may be less
+                    billed = without_absences(window, absences)
+                    fresh.append({**row_of(billed), "digest": digest, "received_wall_ns": now})
+                    new.append(billed)
                 elif known[key] != digest:
                     conflicts.append(key)
                     _keep_conflict(connection, window, payload, now)

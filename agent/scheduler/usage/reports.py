@@ -22,6 +22,7 @@ from agent.core.billing.price_book import Price, PriceBook
 from agent.core.billing.pricing import Cost, always_on_cost, cost, rounded
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError, InvalidArgumentError
+from agent.core.natural_order import natural_key
 from agent.core.types import SECOND_NS
 from agent.scheduler.usage.collector import UsageDatabase
 from agent.scheduler.usage.reconciliation import Reconciled, Reconciler
@@ -139,7 +140,7 @@ class UsageReports:
                 raise ExhaustedError("USAGE_TOO_MANY_ROWS", text)
             since = part.price.valid_from_wall_ns if part.price else -1
             lines.setdefault((part.group, part.gpu_model, since), []).append(part)
-        return UsageReport(book.currency, groups, tuple(_line(lines[key]) for key in sorted(lines)))
+        return UsageReport(book.currency, groups, tuple(_line(lines[key]) for key in sorted(lines, key=_order)))
 
     async def windows(
         self, only: UsageFilter | None = None, *, limit: int = 1_000, after: tuple[str, int] = ("", -1)
@@ -271,6 +272,12 @@ def _where(query: sa.Select[Any], only: UsageFilter, model: sa.ColumnElement[str
     if only.end_wall_ns:
         query = query.where(WINDOWS.c.start_wall_ns < only.end_wall_ns)
     return query
+
+
+def _order(key: _Key) -> tuple[list[tuple[tuple[str | int, ...], str]], str, int]:
+    """The order of a report's lines: m2 before m10."""
+    group, gpu_model, since = key
+    return [natural_key(part) for part in group], gpu_model, since
 
 
 def _line(parts: list[UsageSum]) -> UsageLine:

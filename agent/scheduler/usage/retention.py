@@ -10,14 +10,14 @@ from agent.core.errors import HibernodeError
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.usage.collector import UsageDatabase
-from agent.scheduler.usage.tables import CONFLICTS, WINDOWS
+from agent.scheduler.usage.tables import ABSENCES, CONFLICTS, WINDOWS
 
 PRUNE_S = 3600.0
 BATCH = 2_000
 
 
 class UsageRetention:
-    """`keep_ns`: retention time, from a window's start or a conflict's receipt; 0 keeps everything."""
+    """`keep_ns`: retention time, from the start of a window or absence, or a conflict's receipt; 0 keeps everything."""
 
     def __init__(self, database: UsageDatabase, clock: Clock, keep_ns: int) -> None:
         self._database = database
@@ -42,11 +42,14 @@ class UsageRetention:
         """Delete what is too old; returns the number of rows deleted. Raises what UsageDatabase.run raises."""
         before = self._clock.wall_ns() - self._keep_ns
         deleted = 0
-        for table, key, time in (
+        conflict = (CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest)
+        absence, ended = (ABSENCES.c.node, ABSENCES.c.since_wall_ns), ABSENCES.c.boot_id != ""
+        for table, key, time, *only in (
             (WINDOWS, (WINDOWS.c.instance_uid, WINDOWS.c.seq), WINDOWS.c.start_wall_ns),
-            (CONFLICTS, (CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest), CONFLICTS.c.received_wall_ns),
+            (CONFLICTS, conflict, CONFLICTS.c.received_wall_ns),
+            (ABSENCES, absence, ABSENCES.c.since_wall_ns, ended),
         ):
-            oldest = sa.select(*key).where(time < before).order_by(time).limit(BATCH)
+            oldest = sa.select(*key).where(time < before, *only).order_by(time).limit(BATCH)
             statement = sa.delete(table).where(sa.tuple_(*key).in_(oldest))
             while True:
                 count = await self._database.run(lambda statement=statement: self._delete(statement))  # type: ignore[misc]

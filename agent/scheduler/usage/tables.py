@@ -49,6 +49,18 @@ CONFLICTS = sa.Table(
     sa.Column("received_wall_ns", sa.BigInteger, nullable=False),
 )
 
+ABSENCES = sa.Table(
+    "node_absences",
+    USAGE_METADATA,
+    sa.Column("node", text_type(), primary_key=True),
+    sa.Column("since_wall_ns", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("boot_id", text_type(), nullable=False),
+    sa.Column("from_mono_ns", sa.BigInteger, nullable=False),
+    sa.Column("to_mono_ns", sa.BigInteger, nullable=False),
+)
+"""When nodes were given up (absences.py). `since_wall_ns` is the scheduler's time, the others the node's; without a
+boot it has no end yet."""
+
 WINDOW_COLUMNS = tuple(WINDOWS.c[field.name] for field in fields(UsageWindow))
 
 

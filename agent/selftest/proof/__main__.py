@@ -50,7 +50,7 @@ exit status: 0 all that ran passed, 6 memory came back changed, 1 anything else
 """
 
 
-class Proof:
+class ProofRun:
     """One run of all steps. `rows`: name, outcome, reason, message, allowed_s, took_s and data of each so far."""
 
     def __init__(self, options: Options, clock: SystemClock) -> None:
@@ -172,7 +172,7 @@ def main() -> int:
         return ExitCode.USAGE
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    proof = Proof(options, SystemClock())
+    proof = ProofRun(options, SystemClock())
     proof.run()
     ignore_signals()
     document = proof.document()

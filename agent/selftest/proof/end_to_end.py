@@ -20,7 +20,7 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.cli.demo.client import GatewayClient, Tally
 from agent.cli.demo.function import WorldFunction
 from agent.cli.demo.gpus import HostGpus
-from agent.cli.demo.report import DemoReport, collect_usage, union_ns
+from agent.cli.demo.report import DemoReport, UsageQuery, collect_usage, union_ns
 from agent.cli.demo.timeline import Timeline
 from agent.cli.demo.world import DemoWorld, WorldProgram, demo_world
 from agent.core.errors import HibernodeError
@@ -156,16 +156,18 @@ async def _prove(stack: AsyncExitStack, options: argparse.Namespace) -> dict[str
         finally:
             client.close()
         await timeline.catch_up(agent)
-        found = await _usage(world, function, agent, scheduler)
+        found = await _usage(world, function, agent, scheduler, timeline.began_ns)
         return _report(program, options.vram_mib * MIB, tally, measured, timeline, found)
 
 
-async def _usage(world: DemoWorld, function: WorldFunction, agent: Any, scheduler: Any) -> dict[str, Any]:
+async def _usage(
+    world: DemoWorld, function: WorldFunction, agent: Any, scheduler: Any, began_wall_ns: int
+) -> dict[str, Any]:
     """Remove the function, so that its last window is sealed and sent; compare both sides' time in nanoseconds."""
     await world.remove_functions()
     instances = await function.instances(ended=True)
     report = DemoReport()
-    await collect_usage(report, agent, scheduler, instances)
+    await collect_usage(report, agent, scheduler, instances, UsageQuery(FUNCTION, began_wall_ns))
     node = sum(one.active_ns + one.idle_ns + one.unbilled_ns for one in instances)
     return {
         "complete": report.usage_complete,

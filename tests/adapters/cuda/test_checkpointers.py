@@ -12,7 +12,8 @@ from agent.adapters.cuda.checkpointers import WORKERS_DOWN, HostCheckpointer, No
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
 from agent.core.errors import ConfigError, UnavailableError
-from agent.core.gpus.capabilities import HostFacts, find_capabilities
+from agent.core.gpus.capabilities import find_capabilities
+from agent.core.gpus.host_facts import HostFacts
 from agent.core.types import GIB, MIB, Gpu
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaState
 from agent.settings import GpuSettings

@@ -152,19 +152,39 @@ def assert_ends(pid: int) -> None:
         ("int cuGetProcAddress_v2(const char*s,void**p,int v,unsigned long f,int*q){*p=0;*q=1;return 0;}", "install"),
         ("int cuGetProcAddress(const char*s,void**p,int v,unsigned long f){return 500;}", "install driver 570"),
         ("int nothing;", "install driver 570"),
+        # Newer drivers refuse a version that they don't have by INVALID_VALUE.
+        (
+            "int cuGetProcAddress_v2(const char*s,void**p,int v,unsigned long f,int*q){*p=0;return 1;}",
+            "(CUDA 12.5) has no cuCheckpointProcessGetState (answer 1): install driver 570",
+        ),
+        ("#define CUDA 13000\nint nothing;", "its version should"),
     ],
 )
 def test_driver_without_the_functions_is_reported_at_start(tmp_path: Path, source: str | None, error: str) -> None:
     if source is not None:
-        version = "int cuDriverGetVersion(int*v){*v=12050;return 0;}"
+        version = "\n#ifndef CUDA\n#define CUDA 12050\n#endif\nint cuDriverGetVersion(int*v){*v=CUDA;return 0;}"
         code = tmp_path / "old.c"
-        code.write_text(version + source)
+        code.write_text(source + version)
         library = tmp_path / "libcuda.so.1"
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(code)], check=True)
     with worker({"LD_LIBRARY_PATH": str(tmp_path)}) as it:
         hello = it.receive()
         assert hello["hello"] == 0
         assert error in hello["error"]
+
+
+def test_the_functions_are_asked_for_in_the_version_that_made_them_public(tmp_path: Path) -> None:
+    """A newer version would be refused by the older of the drivers that have them, or ask for other arguments."""
+    code = tmp_path / "strict.c"
+    code.write_text(
+        "static int any(void){return 0;}\n"
+        "int cuDriverGetVersion(int*v){*v=12080;return 0;}\n"
+        "int cuGetProcAddress_v2(const char*s,void**p,int v,unsigned long f,int*q)"
+        "{*p=v==12080?(void*)any:0;return v==12080?0:1;}"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(code)], check=True)
+    with worker({"LD_LIBRARY_PATH": str(tmp_path)}) as it:
+        assert it.receive() == {"hello": 12080, "error": ""}
 
 
 def test_uuids_are_sixteen_bytes() -> None:

@@ -7,18 +7,21 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from agent.adapters.daemon import scheduler_link, usage_upload
-from agent.adapters.daemon.scheduler_link import SchedulerLink
-from agent.core.errors import UnavailableError
+from agent.adapters.daemon.scheduler_link import BACK_OFF_REFUSED_S, SchedulerLink
+from agent.core.errors import ConfigError, UnavailableError
 from agent.core.types import SECOND_NS, Hook, Hooks, InstanceState
 from agent.v1 import scheduler_service_pb2_grpc, usage_service_pb2, usage_service_pb2_grpc
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Instance
 from agent.wire.clients import DaemonChannel
+from agent.wire.interceptors import accept_stream
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
@@ -43,8 +46,9 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
     nodes: set[str] = field(default_factory=set)
 
     async def ReportLoad(  # noqa: N802
-        self, request_iterator: AsyncIterator[ReportLoadRequest], context: object
+        self, request_iterator: AsyncIterator[ReportLoadRequest], context: Any
     ) -> AsyncIterator[ReportLoadResponse]:
+        await accept_stream(context)
         async for message in request_iterator:
             async with self.news:
                 self.received.append(message)
@@ -222,6 +226,45 @@ async def test_unknown_credential_is_logged_once() -> None:
     assert [(entry["event"], entry["reason"]) for entry in logged] == [("scheduler.not_connected", "TOKEN_UNKNOWN")]
 
 
+async def test_a_refusal_is_asked_again_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_link, "BACK_OFF_MIN_S", 0.001)
+    monkeypatch.setattr(scheduler_link, "BACK_OFF_MAX_S", 0.001)
+    pauses: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(scheduler_link, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    async with link_rig(credential="a-token-of-nobody-0123456789"):
+        await eventually(lambda: len(pauses) >= 16)
+    assert 0.5 * BACK_OFF_REFUSED_S <= max(pauses) <= 1.5 * BACK_OFF_REFUSED_S
+    assert pauses[0] < 0.01
+
+
+async def test_the_cause_of_an_outage_is_logged_once_though_streams_also_just_end() -> None:
+    """A scheduler that refuses what is sent may end the stream during a write, which hides why."""
+    errors = iter([ConfigError("ADDRESS_REFUSED", "no"), UnavailableError("STREAM_ENDED", "it ended")] * 3)
+
+    class Stream:
+        async def send(self, message: object) -> None:
+            raise next(errors, UnavailableError("UNREACHABLE", "it is gone"))
+
+        async def receive(self) -> None:
+            await asyncio.Event().wait()
+
+        def close(self) -> None: ...
+
+    with capture_logs() as logs:
+        async with link_rig() as rig:
+            rig.link._channel.report_load = Stream  # type: ignore[method-assign, assignment]
+            rig.scheduler.end_after = len(rig.scheduler.received) or 1
+            await eventually(lambda: any(entry.get("reason") == "UNREACHABLE" for entry in logs))
+    reasons = [entry["reason"] for entry in logs if entry["event"] == "scheduler.not_connected"]
+    assert reasons == ["ADDRESS_REFUSED", "UNREACHABLE"]
+
+
 async def test_bug_in_a_report_does_not_end_the_reports() -> None:
     async with link_rig() as rig:
         await rig.scheduler.until_received(lambda message: True)
@@ -286,6 +329,17 @@ async def test_rejected_windows_do_not_block_others(monkeypatch: pytest.MonkeyPa
         assert len(sent) == len(set(sent)), "none is offered twice"
         kept = await rig.world.store.read_windows("i-a-old")
         assert len(kept) == 5, "they stay in the node's own ledger"
+
+
+async def test_a_window_that_does_not_fit_the_wire_does_not_block_others() -> None:
+    """As a damaged ledger may hold: it stays there, is not marked as acknowledged, and the others go."""
+    async with link_rig() as rig:
+        await rig.world.store.upsert_windows(
+            [window("i-bad", 0), replace(window("i-bad", 1), gpu_count=1 << 40), window("i-bad", 2)]
+        )
+        await eventually(lambda: rig.world.store._acknowledged >= {("i-bad", 0), ("i-bad", 2)})
+        assert ("i-bad", 1) not in rig.world.store._acknowledged
+        assert len(await rig.world.store.read_windows("i-bad")) == 3
 
 
 async def test_failed_upload_is_retried_without_loss() -> None:

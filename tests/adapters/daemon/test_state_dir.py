@@ -141,3 +141,16 @@ def test_disk_full_at_the_end_of_the_start_is_reported(tmp_path: Path, monkeypat
             state.write_endpoints({"grpc": "127.0.0.1:1"})
         assert refused.value.reason == "STATE_DIR_UNUSABLE"
         assert sorted(file.name for file in state.path.iterdir()) == ["lock", "uuid"], "no draft is left"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xff", b"4f0c"])
+def test_a_damaged_uuid_is_refused_and_left_as_it_is(tmp_path: Path, damage: bytes) -> None:
+    """With another one the agent would take its own containers for those of another state directory."""
+    StateDir(tmp_path).close()
+    (tmp_path / "uuid").write_bytes(damage)
+    with pytest.raises(ConfigError, match="restore it") as caught:
+        StateDir(tmp_path)
+    assert caught.value.reason == "STATE_DIR_DAMAGED"
+    assert (tmp_path / "uuid").read_bytes() == damage
+    (tmp_path / "uuid").unlink()
+    StateDir(tmp_path).close()

@@ -108,9 +108,20 @@ def test_get_proc_address_behaves_like_the_real_driver(driver: RunningDriver) ->
     assert program.ask("get_proc_address", symbol="cuMemAlloc_v2", version=12000) == unknown
     assert program.ask("get_proc_address", symbol="cuNoSuchThing", version=12000) == unknown
     assert program.ask("get_proc_address", symbol="cuCheckpointProcessLock", version=12080) == found
-    assert program.ask("get_proc_address", symbol="cuCheckpointProcessLock", version=99000) == found
+    assert program.ask("get_proc_address", symbol="cuCheckpointProcessLock", version=13000) == found
+    assert program.ask("get_proc_address", symbol="cuMemAlloc", version=99000) == found
     too_old = program.ask("get_proc_address", symbol="cuCheckpointProcessLock", version=12000)
     assert too_old == {"rc": 0, "found": False, "status": 2}
+
+
+@pytest.mark.parametrize(("profile", "rc", "status"), [("555", 0, 1), ("580", 1, -1)])
+def test_a_newer_checkpoint_function_than_the_drivers(
+    start_driver: StartDriver, profile: str, rc: int, status: int
+) -> None:
+    """Old drivers do not know the name; newer ones know it, and refuse the version."""
+    program = start_driver("--profile", profile).program()
+    answer = program.ask("get_proc_address", symbol="cuCheckpointProcessCheckpoint", version=13040)
+    assert answer == {"rc": rc, "found": False, "status": status}
 
 
 def test_versions_by_profile(start_driver: StartDriver) -> None:

@@ -239,6 +239,15 @@ def test_stale_state(driver: RunningDriver, tool: CudaProgram) -> None:
     assert target.state() == LOCKED
 
 
+@pytest.mark.parametrize(("kind", "state"), [("CHECKPOINTING", 4), ("RESTORING", 5)])
+def test_state_of_an_operation_under_way(driver: RunningDriver, tool: CudaProgram, kind: str, state: int) -> None:
+    target = target_for("checkpoint", driver, tool)
+    driver.control.fault("state", kind)
+    assert target.state() == state
+    assert target.state() == LOCKED
+    target.finish_cycle()
+
+
 @every_operation
 def test_failed_process_stays_failed(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
     target = target_for(operation, driver, tool)

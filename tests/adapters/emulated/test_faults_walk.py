@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from agent.emulated.faults import KINDS, OPERATIONS, RESULTS, SLOW
+from agent.emulated.faults import KINDS, OPERATIONS, RESULTS, SLOW, UNDER_WAY
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, eventually
 
 STEPS = 60
@@ -39,9 +39,9 @@ class Walk:
 
     def plan(self) -> None:
         kind = self.dice.choice(KINDS)
-        after = kind not in ("STALE", "FAILED", SLOW) and self.dice.random() < 0.3
+        after = kind not in ("STALE", "FAILED", SLOW, *UNDER_WAY) and self.dice.random() < 0.3
         pid = self.dice.choice([None, self.dice.choice(self.apps).pid])
-        operation = self.dice.choice(list(OPERATIONS))
+        operation = "state" if kind in UNDER_WAY else self.dice.choice(list(OPERATIONS))
         delay_ms = 3 if kind == SLOW else 0
         self.driver.control.fault(
             operation, kind, pid=pid, after=after, times=self.dice.randint(1, 2), delay_ms=delay_ms

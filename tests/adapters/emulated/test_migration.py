@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from agent.emulated.env import attached
 from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, freeze
 
@@ -68,10 +69,25 @@ def test_visible_devices(start_driver: StartDriver) -> None:
         f"{texts[1]}": [1],
         f"{texts[1][:12]},{texts[2]}": [1, 2],
         "0,9,1": [0],
+        "1,-1,0": [1],
+        "2,GPU-nonsense,0": [2],
     }.items():
         app = driver.program(CUDA_VISIBLE_DEVICES=value)
         app.must("init")
         assert [d["uuid"] for d in app.must("devices")["devices"]] == [names[i] for i in expected], value
-    for nothing in ("", "-1", "0,0"):
+    for nothing in ("", "-1", "0,0", "3"):
         app = driver.program(CUDA_VISIBLE_DEVICES=nothing)
         assert app.ask("init")["rc"] == 100, nothing
+
+
+def test_numbers_count_what_a_container_has(start_driver: StartDriver) -> None:
+    """Its GPUs are 0 to n-1 whatever their place on the host; those of others have neither number nor UUID there."""
+    driver = start_driver("--gpus", "3")
+    names = uuids(driver)
+    texts = [device.uuid for device in driver.control.devices()]
+    only = dict(attached(texts[number]).split("=") for number in (1, 2))
+    for value, expected in {None: [1, 2], "0": [1], "1,0": [2, 1], f"1,{texts[0]}": [2], "0,2": [1]}.items():
+        app = driver.program(**only, **({} if value is None else {"CUDA_VISIBLE_DEVICES": value}))
+        app.must("init")
+        assert [d["uuid"] for d in app.must("devices")["devices"]] == [names[i] for i in expected], value
+    assert driver.program(**only, CUDA_VISIBLE_DEVICES=texts[0]).ask("init")["rc"] == 100

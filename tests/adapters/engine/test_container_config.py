@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,9 +31,9 @@ def test_plain_start_has_exactly_this_body() -> None:
         "Env": [
             "CUDA_VISIBLE_DEVICES=",
             "NVIDIA_VISIBLE_DEVICES=void",
-            "FC_CUSTOM_LISTEN_PORT=9000",
             "PORT=9000",
             f"HIBERNODE_INSTANCE={STATE}/ocr-1",
+            "FC_CUSTOM_LISTEN_PORT=9000",
         ],
         "Labels": {"hibernode.state": STATE, "hibernode.instance": "ocr-1", "hibernode.function": "ocr"},
         "Healthcheck": {"Test": ["NONE"]},
@@ -89,33 +90,60 @@ def test_no_storage_option_without_a_disk_limit() -> None:
     assert "StorageOpt" not in container_config(start_spec(disk_bytes=0), plan_options(disk_limit=True))["HostConfig"]
 
 
-def test_function_cannot_override_reserved_variables() -> None:
-    """Reserved: its port, its owner and its visible GPUs."""
-    stolen = {
-        "PORT": "22",
-        "HIBERNODE_INSTANCE": "x/y",
-        "CUDA_VISIBLE_DEVICES": "0,1,2,3",
-        "NVIDIA_VISIBLE_DEVICES": "all",
-        "FC_REGION": "elsewhere",
-    }
-    spec = start_spec(gpus=(GPU_A,), environment={**stolen, "MODEL": "v4"}, ours={"FC_REGION": "local"}, port=8080)
-    found = environment(container_config(spec, plan_options()))
-    assert found == {
+OWN = {
+    "PORT": "8081",
+    "HIBERNODE_INSTANCE": "x/y",
+    "CUDA_VISIBLE_DEVICES": "1",
+    "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+    "NVIDIA_VISIBLE_DEVICES": "all",
+    "FC_REGION": "elsewhere",
+    "MODEL": "v4",
+}
+
+
+@pytest.mark.parametrize(
+    ("attachment", "numbers", "expected"),
+    [
+        (Attachment("cdi"), (4,), {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}),
+        (
+            Attachment("mounts", sees_all_gpus=True),
+            (4,),
+            {"CUDA_VISIBLE_DEVICES": "4", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+        ),
+        (
+            Attachment("mounts", sees_all_gpus=True),
+            (),
+            {"CUDA_VISIBLE_DEVICES": GPU_A, "CUDA_DEVICE_ORDER": "FASTEST_FIRST"},
+        ),
+    ],
+    ids=["sees only its own", "sees all", "sees all, numbers unknown"],
+)
+def test_functions_own_values_count_unless_isolation_rests_on_ours(
+    attachment: Attachment, numbers: tuple[int, ...], expected: dict[str, str]
+) -> None:
+    spec = replace(start_spec(gpus=(GPU_A,), environment=OWN, ours={"FC_REGION": "local"}), gpu_numbers=numbers)
+    assert environment(container_config(spec, plan_options(attachment=attachment))) == {
+        **expected,
         "MODEL": "v4",
-        "PORT": "8080",
-        "FC_CUSTOM_LISTEN_PORT": "8080",
+        "PORT": "8081",
+        "FC_CUSTOM_LISTEN_PORT": "9000",
         "HIBERNODE_INSTANCE": f"{STATE}/ocr-1",
-        "CUDA_VISIBLE_DEVICES": GPU_A,
         "NVIDIA_VISIBLE_DEVICES": "void",
         "FC_REGION": "local",
     }
 
 
+def test_container_numbers_the_gpus_that_it_sees() -> None:
+    spec = replace(start_spec(gpus=(GPU_A, GPU_B)), gpu_numbers=(2, 5))
+    found = environment(container_config(spec, plan_options(attachment=Attachment("cdi"))))
+    assert (found["CUDA_VISIBLE_DEVICES"], "CUDA_DEVICE_ORDER" in found) == ("0,1", False)
+
+
 def test_movable_instance_sees_all_gpus_but_computes_on_its_own() -> None:
-    attachment = Attachment("nvidia-runtime", visible_devices="all")
-    config = container_config(start_spec(gpus=(GPU_A, GPU_B), all_gpus=True), plan_options(attachment=attachment))
-    found = environment(config)
-    assert found["CUDA_VISIBLE_DEVICES"] == f"{GPU_A},{GPU_B}"
+    attachment = Attachment("nvidia-runtime", visible_devices="all", sees_all_gpus=True)
+    spec = replace(start_spec(gpus=(GPU_A, GPU_B), all_gpus=True), gpu_numbers=(5, 2))
+    found = environment(container_config(spec, plan_options(attachment=attachment)))
+    assert (found["CUDA_VISIBLE_DEVICES"], found["CUDA_DEVICE_ORDER"]) == ("5,2", "PCI_BUS_ID")
     assert found["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 

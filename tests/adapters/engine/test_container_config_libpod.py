@@ -44,7 +44,7 @@ def test_whole_body() -> None:
         "command": ["app.py"],
         "env": {
             "A": "1=2",
-            "CUDA_VISIBLE_DEVICES": GPU_A,
+            "CUDA_VISIBLE_DEVICES": "0",
             "NVIDIA_VISIBLE_DEVICES": "void",
             "FC_CUSTOM_LISTEN_PORT": "9000",
             "PORT": "9000",

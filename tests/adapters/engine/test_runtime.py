@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL
 from agent.adapters.engine.containers import ListedContainer
@@ -112,6 +113,40 @@ async def test_network_stays_while_a_container_uses_it(rig: EngineRig) -> None:
     await rig.runtime.start(rig.spec("resize-a"))
     await rig.runtime.close()
     assert list(rig.engine.networks) == [rig.network.name]
+    rig.restart()
+
+
+async def test_network_is_removed_after_a_check_that_took_too_long(rig: EngineRig) -> None:
+    """On a busy host one late answer marks the engine as unavailable; the next call may find it well."""
+    await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
+    rig.api._deadline_s = 0.2
+    rig.engine.hanging.add("GET version")
+    with pytest.raises(UnavailableError):
+        await rig.runtime.check()
+    rig.engine.hanging.clear()
+    rig.api._deadline_s = 60.0
+    assert rig.runtime.health
+    await rig.runtime.close()
+    assert rig.engine.networks == {}
+    rig.restart()
+
+
+async def test_network_that_stays_in_use_is_reported_and_bounded(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
+    monkeypatch.setattr("agent.adapters.engine.runtime.NETWORK_PAUSE_S", 0.01)
+    rig.engine.refusals["DELETE networks"] = Refusal(403, "network has active endpoints", times=20)
+    await rig.runtime.close()
+    assert rig.engine.networks == {}, "the engine needs as long as it needs, within the deadline"
+
+    rig.restart()
+    await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
+    monkeypatch.setattr("agent.adapters.engine.runtime.LEAVE_DEADLINE_S", 0.2)
+    rig.engine.refusals["DELETE networks"] = Refusal(403, "network has active endpoints")
+    with capture_logs() as lines:
+        await rig.runtime.close()
+    assert [line["event"] for line in lines] == ["engine.network_stays"]
     rig.restart()
 
 

@@ -9,7 +9,7 @@ import pytest
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import MIB
 from agent.ports import CudaOp, CudaState, FreezerState, Outcome
-from tests.adapters.freezer.world import FreezerRig
+from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
 
@@ -105,6 +105,19 @@ async def test_freeze_is_refused_while_processes_keep_appearing(world: FreezerRi
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "PROCESSES_CHANGE")
     assert {process.state for process in world.driver.processes.values()} == {CudaState.RUNNING}
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+async def test_too_many_processes_are_called_by_their_name(world: FreezerRig, recovered: bool) -> None:
+    """An agent that has just started expects late locks, but these processes run."""
+    world.add_process()
+    freezer = world.restarted(replace(LIMITS, max_processes=1))
+    if recovered:
+        await freezer.condition(world.handle)
+    result = await freezer.lock(world.handle)
+    freezer.forget(world.handle)
+    assert (result.outcome, result.reason) == (Outcome.REFUSED, "TOO_MANY_CUDA_PROCESSES")
+    assert world.driver.operations == []
 
 
 async def test_process_that_dies_before_the_lock_is_skipped(world: FreezerRig) -> None:

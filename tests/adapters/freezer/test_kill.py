@@ -85,6 +85,23 @@ async def test_silent_driver_delays_a_kill_only_by_its_limit(world: FreezerRig) 
         await freezer.prepare_kill(world.handle)
 
 
+async def test_a_kill_that_does_not_wait_for_the_watch_loses_no_watch(world: FreezerRig) -> None:
+    freezer = world.restarted(replace(LIMITS, prepare_kill_s=0.05, state_query_s=30.0))
+    await freezer.condition(world.handle)
+    reading = asyncio.Event()
+
+    async def never(calls, deadline_s, gpu_uuids=()):  # type: ignore[no-untyped-def]
+        reading.set()
+        await asyncio.Event().wait()
+
+    world.driver.run = never  # type: ignore[method-assign]
+    await asyncio.wait_for(reading.wait(), 5)  # the watch of a restarted agent is in the driver
+    await freezer.prepare_kill(world.handle)
+    freezer.forget(world.handle)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
 async def test_prepare_kill_works_without_nvml(world: FreezerRig) -> None:
     await woken(world)
     world.gpus.unavailable = True

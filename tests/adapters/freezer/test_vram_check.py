@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.core.types import GIB, MIB
-from agent.ports import Condition, CudaOp, CudaState, FreezerState, Outcome
+from agent.ports import Condition, CudaCall, CudaOp, CudaState, FreezerState, Outcome
 from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
@@ -164,6 +164,40 @@ async def test_placement_is_verified_after_the_reply(world: FreezerRig) -> None:
         world.driver.processes[world.main].gpu_uuid = FIRST  # the driver lied
         await others()
     assert [entry["event"] for entry in logs] == ["wake.on_wrong_gpu"]
+
+
+async def test_placement_is_verified_after_a_restart(world: FreezerRig) -> None:
+    """The image's size and GPUs are unknown then, but not the GPUs that the instance was given."""
+    await world.freeze()
+    again = world.restarted()
+    with capture_logs() as logs:
+        assert (await again.wake(world.handle, SWAP, (SECOND,))).outcome is Outcome.OK
+        world.driver.processes[world.main].gpu_uuid = FIRST
+        await others()
+    again.forget(world.handle)
+    assert [entry["event"] for entry in logs] == ["wake.on_wrong_gpu"]
+
+
+@pytest.mark.parametrize("gpu_map", [{}, SWAP], ids=["same GPU", "other GPU"])
+async def test_late_restore_is_detected_after_a_restart(world: FreezerRig, gpu_map: dict[str, str]) -> None:
+    """A restore that the last agent lost runs at this thaw, by its own map."""
+    await world.freeze()
+    lost = CudaCall(CudaOp.RESTORE, world.main, gpu_map=() if gpu_map else tuple(SWAP.items()))
+    world.driver.processes[world.main].stale_operations.append(lost)
+    again = world.restarted()
+    result = await again.wake(world.handle, gpu_map, (SECOND if gpu_map else FIRST,))
+    again.forget(world.handle)
+    assert (result.outcome, result.reason) == (Outcome.BROKEN, "CUDA_ON_WRONG_GPU")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_worker_stuck_in_a_restore_cordons_the_gpu_restored_to(world: FreezerRig, restarted: bool) -> None:
+    await world.freeze()
+    world.driver.faults.append(Fault(CudaOp.RESTORE, stuck=True))
+    freezer = world.restarted() if restarted else world.freezer
+    assert (await freezer.wake(world.handle, SWAP, (SECOND,))).outcome is Outcome.BROKEN
+    freezer.forget(world.handle)
+    assert world.driver.stuck_gpus == [(SECOND,)]
 
 
 async def others() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from agent.adapters.nvml.host_facts import host_facts, mps_runs, sees_host_pids, survey_gpus, survey_gpus_with_retry
 from agent.core.errors import UnavailableError
-from agent.core.gpus.capabilities import NvmlTrouble
+from agent.core.gpus.host_facts import NvmlTrouble
 from agent.core.types import GIB, Gpu
 from agent.ports import DriverInfo
 from agent.settings import GpuSettings
@@ -110,6 +110,21 @@ async def test_facts_of_a_healthy_host(tmp_path: Path) -> None:
     facts = host_facts(await survey_gpus(SickGpus()), settings)
     assert (facts.trouble, facts.gpus, facts.euid) == (None, (T4,), os.geteuid())
     assert (facts.checkpointer, facts.utility, facts.utility_problem) == ("utility", str(program), "")
+
+
+async def test_facts_that_only_the_kernel_tells(tmp_path: Path) -> None:
+    survey = await survey_gpus(SickGpus())
+    for name, text in (
+        ("self/status", "CapEff:\t0000000000000000\n"),
+        ("sys/kernel/yama/ptrace_scope", "3\n"),
+        ("driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  595.71.05\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    facts = host_facts(survey, GpuSettings(), tmp_path)
+    assert (facts.may_trace, facts.ptrace_scope, facts.open_module) == (False, 3, True)
+    facts = host_facts(survey, GpuSettings(), tmp_path / "nothing")
+    assert (facts.may_trace, facts.ptrace_scope, facts.open_module) == (True, 0, False)
 
 
 async def test_facts_without_the_utility() -> None:

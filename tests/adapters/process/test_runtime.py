@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
+import pwd
+import socket
 import stat as stat_module
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from structlog.testing import capture_logs
 
 from agent.adapters.kernel import cgroup, memory_cgroup, process_table
 from agent.adapters.process.launch import LaunchPlan, make_plan, resolve_user
@@ -25,7 +27,7 @@ from agent.adapters.runtime.exits import ExitWatch
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError
 from agent.core.types import MIB, FunctionSpec, Handle, InstanceSpec, ProcessId
 from agent.ports import StartSpec
-from tests.contract.runtime_worlds import ProcessWorld
+from tests.contract.runtime_worlds import ProcessWorld, until_said
 from tests.fakes.clock import FakeClock
 
 SECRET = "correct horse battery staple"
@@ -69,10 +71,12 @@ async def test_environment_holds_only_the_functions_and_our_variables(
     found.pop("PWD", None)  # sh sets it
     found.pop("SHLVL", None)
     found.pop("_", None)
-    scratch = str(world.folder / "state/instances/resize-a/scratch")
+    scratch, own = str(world.folder / "state/instances/resize-a/scratch"), pwd.getpwuid(os.geteuid()).pw_name
     assert found == {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": scratch,
+        "USER": own,
+        "LOGNAME": own,
         "LANG": "C.UTF-8",
         "API_KEY": SECRET,
         "FC_REGION": "local",
@@ -85,46 +89,60 @@ async def test_environment_holds_only_the_functions_and_our_variables(
     }
 
 
+def test_arguments_get_the_port_and_no_other_variable() -> None:
+    words = ("serve", "--port=$FC_CUSTOM_LISTEN_PORT", "${FC_CUSTOM_LISTEN_PORT}", "$PORT", "$FC_CUSTOM_LISTEN_PORTS")
+    request = spec("resize-a", "env")
+    function = replace(request.instance.function, entrypoint=words[:2], command=words[2:])
+    request = replace(request, instance=replace(request.instance, function=function))
+    plan = make_plan(request, port=4711, folder=Path("/"), user=None, state_uuid="u")
+    assert plan.argv == ("serve", "--port=4711", "4711", "$PORT", "$FC_CUSTOM_LISTEN_PORTS")
+
+
+async def test_the_ports_that_an_instance_listens_on_are_its_own(world: ProcessWorld) -> None:
+    script = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); s.accept()"
+    request = spec("resize-a", f'{sys.executable} -c "{script}" & wait')
+    with socket.create_server(("127.0.0.1", 0)):  # the agent's own, which is not the instance's
+        handle = await world.runtime.start(request)
+        await until_said(world.runtime, handle, b"\n")
+        port = (await world.runtime.read_log(handle, MIB)).decode().strip()
+        assert await world.runtime.listening(handle) == [f"0.0.0.0:{port}"]
+    await world.runtime.destroy(handle)
+    assert await world.runtime.listening(handle) == []
+
+
 def test_function_without_gpus_sees_none() -> None:
     plan = make_plan(spec("resize-a", "env"), port=1, folder=Path("/"), user=None, state_uuid="u")
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
-def test_migratable_function_sees_all_gpus_but_uses_its_own() -> None:
-    request = replace(spec("resize-a", "env", gpus=("GPU-1",)), all_gpus=True)
+def test_process_gets_the_numbers_of_its_gpus() -> None:
+    """It sees every GPU of the host, also where it cannot be moved."""
+    request = replace(spec("resize-a", "env", gpus=("GPU-1", "GPU-2")), all_gpus=True, gpu_numbers=(3, 0))
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
-    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "3,0"
+    assert plan.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 
-def test_function_cannot_grant_itself_gpus() -> None:
-    taken = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
-    request = spec("resize-a", "env")
-    function = replace(request.instance.function, environment=tuple(taken.items()))
-    request = replace(request, instance=replace(request.instance, function=function))
-    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
-    assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
+@pytest.mark.parametrize(("gpus", "expected"), [((), ""), (("GPU-1",), "3")])
+def test_function_cannot_grant_itself_gpus(gpus: tuple[str, ...], expected: str) -> None:
+    taken = {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST", "NVIDIA_VISIBLE_DEVICES": "all"}
+    request = spec("resize-a", "env", gpus=gpus)
+    function = replace(request.instance.function, environment=(*taken.items(), ("PORT", "80")))
+    request = replace(request, instance=replace(request.instance, function=function), gpu_numbers=(3,))
+    with capture_logs() as lines:
+        plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == expected
+    assert plan.environment["PORT"] == "1"
+    assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all", "no part of the driver reads it"
+    order = ["CUDA_DEVICE_ORDER"] if gpus else []
+    assert [line["names"] for line in lines] == [",".join([*order, "CUDA_VISIBLE_DEVICES", "PORT"])]
 
 
 def test_attachment_may_set_the_visible_gpus() -> None:
     request = spec("resize-a", "env", ours={"NVIDIA_VISIBLE_DEVICES": "void"}, gpus=("GPU-1",))
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "void"
-
-
-async def test_workload_has_session_scratch_folder_and_no_input(world: ProcessWorld) -> None:
-    script = "pwd; cat; umask; cut -d' ' -f1,6 /proc/$$/stat; echo $(ls /proc/$$/fd); grep SigIgn /proc/$$/status"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as in an agent under nohup
-    try:
-        _, output = await run(world, spec("resize-a", script))
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    folder, umask, ids, descriptors, ignored = output.splitlines()
-    assert folder == str(world.folder / "state/instances/resize-a/scratch")
-    assert umask == "0022"
-    assert ids.split()[0] == ids.split()[1], "it leads its session"
-    assert set(descriptors.split()) <= {"0", "1", "2", "3", "10"}, "sh itself may use a few"
-    assert int(ignored.split()[1], 16) == 0, "neither SIGPIPE, which Python ignores, nor what the agent does"
 
 
 @pytest.mark.root

@@ -123,15 +123,50 @@ async def test_a_closed_store_refuses(tmp_path: Path) -> None:
         await store.load_instances()
 
 
-async def test_damaged_record_is_a_store_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "gpus"),
+    [
+        ("CAST('{}' AS BLOB)", ()),
+        ("CAST('{\"gpu' AS BLOB)", ()),
+        ("CAST(x'ff00' AS BLOB)", ()),
+        ("CAST(replace(record, 'STARTED', 'HIBERNATING') AS BLOB)", ("GPU-0", "GPU-1")),
+        ("CAST(replace(record, 'REQUIRE', 'DREAM') AS BLOB)", ("GPU-0", "GPU-1")),
+    ],
+)
+async def test_a_record_that_cannot_be_read_takes_no_other_with_it(
+    tmp_path: Path, damage: str, gpus: tuple[str, ...]
+) -> None:
     store = await NodeStore.open(tmp_path)
     await store.put_instance(record())
-    with sqlite3.connect(tmp_path / FILE_NAME) as other:
-        other.execute("UPDATE instances SET record = '{}'")
-    other.close()
-    with pytest.raises(UnavailableError, match="STORE_FAILED"):
-        await store.load_instances()
+    await store.put_instance(record("i-ocr-2"))
+    _change(tmp_path, f"UPDATE instances SET record = {damage} WHERE uid = 'i-ocr-1'")
+    assert list(await store.load_instances()) == [record("i-ocr-2")]
+    (lost,) = await store.unreadable_instances()
+    assert (lost.uid, lost.gpu_uuids) == ("i-ocr-1", gpus)
+    assert "large" not in lost.problem, "no value of the environment"
     await store.close()
+
+
+async def test_a_row_of_the_ledger_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path)
+    await store.upsert_windows([window(seq=0), window(seq=1), window("i-ocr-2")])
+    _change(tmp_path, "UPDATE windows SET active_ns = 'x' WHERE instance_uid = 'i-ocr-1' AND seq = 1")
+    assert list(await store.unacknowledged(10)) == [window(seq=0), window("i-ocr-2")]
+    assert list(await store.read_windows()) == [window(seq=0), window("i-ocr-2")]
+    stands_in, other = await store.last_windows()
+    assert (stands_in.seq, stands_in.sealed, stands_in.boot_id, other) == (1, True, "", window("i-ocr-2"))
+    await store.acknowledge([("i-ocr-1", 0), ("i-ocr-2", 0)])
+    assert await store.prune(1 << 62) == 2
+    with sqlite3.connect(tmp_path / FILE_NAME) as other_program:
+        assert other_program.execute("SELECT active_ns FROM windows").fetchall() == [("x",)], "it stays in the file"
+    other_program.close()
+    await store.close()
+
+
+def _change(folder: Path, statement: str) -> None:
+    with sqlite3.connect(folder / FILE_NAME) as other:
+        assert other.execute(statement).rowcount == 1
+    other.close()
 
 
 def test_record_of_an_earlier_version_is_read() -> None:

@@ -128,7 +128,7 @@ def test_no_driver(run: Run, tmp_path: Path) -> None:
     for words in (["list"], ["clear"], ["add", "lock", "HANG"], ["xid", "0", "79"]):
         done = run("emulated", "fault", "--dir", tmp_path, *words)
         assert done.code == 5
-        assert "start one with `hibernode emulated up --dir`" in done.err
+        assert "start one with `hibernode emulated up --dir /" in done.err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from agent.cli.console.output import clean_log
 from tests.cli.conftest import Run
 from tests.cli.console.test_terminal_attacks import ATTACKS
 from tests.fakes.exec_story import STEERING
-from tests.fakes.node_story import MORE_LOG
+from tests.fakes.node_story import LOG, MORE_LOG
 
 PATIENCE_S = 20.0
 
@@ -252,7 +252,7 @@ def test_followed_log_is_immediate_and_ends_with_ctrl_c(program: list[str], envi
 
 
 def test_a_followed_log_ends_with_its_instance(at_home: Run) -> None:
-    done = at_home("logs", "--follow", "--tail", "9", "i-dead")
+    done = at_home("logs", "--follow", "--tail", "9B", "i-dead")
     assert (done.code, done.out, done.err) == (0, "ot UTF-8\n", "")
 
 
@@ -273,9 +273,20 @@ def test_closed_pipe_ends_a_followed_log(program: list[str], environment: dict[s
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("tail", ["0", "-1", "many", "1 GB"])
-def test_a_tail_is_a_size(run: Run, tail: str) -> None:
-    assert run("logs", "i-run", "--tail", tail).code == 2
+@pytest.mark.parametrize("tail", ["-1", "1.5", "many", "1 GB", "0KiB", "٣"])
+def test_a_tail_is_a_number_of_lines_or_a_size(run: Run, tail: str) -> None:
+    done = run("logs", "i-run", "--tail", tail)
+    assert done.code == 2
+    assert "is neither a number of lines nor a size such as 64KiB" in done.err
+
+
+@pytest.mark.parametrize(
+    ("tail", "shown"),
+    [("1", b"\xff not UTF-8\n"), ("2", LOG), ("9" * 30, LOG), ("all", LOG), ("0", b""), ("9B", LOG[-9:])],
+)
+def test_a_tail_counts_lines(program: list[str], environment: dict[str, str], tail: str, shown: bytes) -> None:
+    done = subprocess.run([*program, "logs", "i-run", "--tail", tail], env=environment, capture_output=True, check=True)
+    assert done.stdout == shown
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS.values(), "\x1b[1;32mINFO\x1b[0m\tepoch 1\r\n完 é\n", STEERING.decode()])

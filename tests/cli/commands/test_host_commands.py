@@ -28,7 +28,8 @@ def test_the_command_becomes_the_daemon(run: Run, tmp_path: Path, monkeypatch: p
     config = tmp_path / f"{daemon}.yaml"
     config.write_text("{}\n")
     assert run(daemon, "--config", config).code == 0
-    assert became == [[sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", str(config)]]
+    command = ["-P", "-X", f"hibernode={daemon}", "-m", f"agent.daemons.{daemon}", "--config", str(config)]
+    assert became == [[sys.executable, *command]], "and `ps aux | grep hibernode` finds it"
 
 
 def test_missing_configuration(run: Run, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_emulated_env_without_a_running_driver_prints_nothing_to_stdout(
             left.bind(str(tmp_path / "driver.sock"))
     done = run("emulated", "env", "--dir", tmp_path, "--format", form)
     assert (done.code, done.out) == (5, "")
-    assert "start one with `hibernode emulated up --dir`. (EMULATED_DRIVER_DOWN)" in done.err
+    assert f"start one with `hibernode emulated up --dir {tmp_path}`. (EMULATED_DRIVER_DOWN)" in done.err
 
 
 def test_emulated_wait_returns_once_the_driver_is_up(program: list[str], tmp_path: Path, run: Run) -> None:
@@ -139,4 +140,4 @@ def test_emulated_ps_shows_the_drivers_state(driver: Path, run: Run) -> None:
 def test_no_driver(run: Run, tmp_path: Path) -> None:
     done = run("emulated", "ps", "--dir", tmp_path)
     assert done.code == 5
-    assert "start one with `hibernode emulated up --dir`" in done.err
+    assert "start one with `hibernode emulated up --dir /" in done.err

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli.console.units import wall_ns
+from agent.core.types import SECOND_NS
+from agent.v1.types_pb2 import Instance
+from agent.wire.convert_time import time_to_proto
 from tests.cli.conftest import Run
 
 MINIMAL = """\
@@ -61,6 +65,16 @@ def test_ps_filters(at_home: Run) -> None:
     assert {"i-run", "i-cold", "i-chat", "i-dead"} <= set(at_home("ps", "-q", "-a").out.split())
     assert at_home("ps", "-q", "--function", "nothing").out == ""
     assert at_home("ps", "--function", "nothing", "-o", "json").json == {"instances": []}
+
+
+def test_ps_names_who_holds_the_gpu_that_an_instance_waits_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the holder is of a function that is not shown."""
+    now = time_to_proto(wall_ns() - 75 * SECOND_NS)
+    waits = Instance(uid="i-waits", function="ocr", state=Instance.STATE_WAITING_GPU, gpu_uuids=["g1"], state_time=now)
+    holds = Instance(uid="i-holds", function="chat", state=Instance.STATE_RUNNING, gpu_uuids=["g1"], state_time=now)
+    monkeypatch.setattr("agent.cli.commands.ps.with_agent", lambda operation, doing: [waits, holds])
+    (line,) = run("ps", "--function", "ocr").out.splitlines()[1:]
+    assert "its GPU is held by i-holds of chat, RUNNING for 75 s" in line
 
 
 def test_node(at_home: Run) -> None:
@@ -160,11 +174,13 @@ def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
 def test_create_that_fails_is_exit_1_with_the_reason(at_home: Run, s_yaml: Path) -> None:
     s_yaml.write_text(MINIMAL.replace("NAME", "broken"))
     done = at_home("create", "-t", s_yaml, "--wait", "--request-id", "it-breaks")
-    assert (done.code, done.out) == (1, "")
+    failed = done.out.strip()
+    assert (done.code, done.out) == (1, f"{failed}\n")
+    assert f"{failed} of broken: FAILED; `hibernode logs {failed}` shows what it printed" in done.err
     assert "port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
     done = at_home("create", "-t", s_yaml, "--request-id", "it-breaks")
     uid = done.out.strip()
-    assert (done.code, done.out) == (1, f"{uid}\n")
+    assert (done.code, uid) == (1, failed)
     assert f"{uid}: port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
 
 
@@ -182,4 +198,7 @@ def test_invalid_s_yaml_is_exit_2_without_a_call(run: Run, s_yaml: Path) -> None
     s_yaml.write_text(s_yaml.read_text().replace("gpuConfig: {}", "timeout: often"))
     done = run("create", "-t", s_yaml)
     assert done.code == 2
-    assert "s.yaml:8: resources.ocr.props.timeout: expected a whole number, got text (S_YAML_INVALID)" in done.err
+    assert (
+        "s.yaml:8: resources.ocr.props.timeout: expected a whole number from 1 to 86400, got 'often' (S_YAML_INVALID)"
+        in done.err
+    )

@@ -49,7 +49,11 @@ def test_command_of_function_compute(at_home: Run, tmp_path: Path) -> None:
         assert done.code == 0, done.err
         assert ("scaling-policy-demo: window ended" in done.err) is (path is SEED)
         assert f"gpu-porn-detection provisioned: {text}" in done.err
-    found = at_home("provision", "list", "gpu-porn-detection")
+    header, row = at_home("provision", "list", "gpu-porn-detection").words
+    assert header == ["FUNCTION", "TARGET", "CURRENT", "DECIDED", "BY", "SCHEDULES", "POLICIES", "ERROR"]
+    assert row[:5] == ["gpu-porn-detection", "2", "2", "scaling-policy-demo", "-"]
+    assert " ".join(row[5:]) == f"scaling-policy-demo: target 2, 0.125 of {POLICY['metricTarget']} -"
+    found = at_home("provision", "list", "gpu-porn-detection", "--output", "yaml")
     (shown,) = yaml.safe_load(found.out)["gpu-porn-detection"]
     assert shown["functionName"] == "gpu-porn-detection"
     assert shown["qualifier"] == "LATEST"
@@ -158,7 +162,7 @@ BAD_POLICIES = [
     ({"metricType": "CPUUtilisation"}, "metricType", "CPUUtilisation"),
     ({"metricTarget": 0}, "metricTarget", "0"),
     ({"metricTarget": 1.1}, "metricTarget", "1"),
-    ({"metricTarget": "much"}, "metricTarget", "got text"),
+    ({"metricTarget": "much"}, "metricTarget", "above 0, at most 1, got 'much'"),
     ({"minCapacity": 0}, "minCapacity", "1"),
     ({"maxCapacity": 10_001}, "maxCapacity", "10000"),
     ({"maxCapacity": 1}, "maxCapacity", "minCapacity"),

@@ -23,7 +23,7 @@ def test_policies_and_freeze_times_are_compared(run: Run, trace: Path, tmp_path:
     picture = tmp_path / "savings.svg"
     done = run(
         "simulate", trace, "--policy", "pack", "--policy", "round_robin", "--freeze-after", "5s", "--freeze-after",
-        "never", "--wake", "2s", "--svg", picture, "-o", "json",
+        "never", "--wake", "2s", "--freeze", "500ms", "--svg", picture, "-o", "json",
     )  # fmt: skip
     assert done.code == 0, done.err
     runs = done.json["runs"]
@@ -42,6 +42,21 @@ def test_policies_and_freeze_times_are_compared(run: Run, trace: Path, tmp_path:
     assert "<script" not in drawn
     assert all(hasattr(finder, "find_spec") for finder in sys.meta_path), "the library's import hook is gone"
     assert not re.findall(r"""(?:href|src)=["']?http""", drawn), "nothing is loaded from elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("options", "wake_s"),
+    [
+        ((), 4.655),
+        (("--card", "a100"), 3.454),
+        (("--gpu-memory", "2GiB"), 1.457),
+        (("--card", "b200", "--wake", "3s"), 3),
+    ],
+)
+def test_a_wake_takes_what_the_card_takes(run: Run, trace: Path, options: tuple[str, ...], wake_s: float) -> None:
+    """0.5 s of work after the wake, 30 s after the last request."""
+    done = run("simulate", trace, "--policy", "pack", "--freeze-after", "1s", *options, "-o", "json")
+    assert done.json["runs"][0]["p50_s"] == pytest.approx(0.5 + wake_s, abs=0.001)
 
 
 def test_a_table_for_people(run: Run, trace: Path) -> None:

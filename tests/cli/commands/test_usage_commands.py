@@ -58,7 +58,7 @@ def test_csv_is_rfc_4180_with_a_fixed_header() -> None:
         "estimated,unpriced_windows,factors.gpu_active,factors.gpu_idle,factors.vcpu_active,factors.vcpu_idle,factors.memory,"
         "factors.disk,factors.invocation,factors.valid_from,unit"
     )
-    assert row.startswith('ocr,,,"A ""quoted"", long?name",0,0,0,0,0,')
+    assert row.startswith('ocr,,,"A ""quoted"", long / name",0,0,0,0,0,')
     assert usage_csv([], "CU") == head + "\r\n"
 
 

@@ -175,6 +175,26 @@ def test_demo_completes_and_stays_up_as_a_home(run: Callable[..., Demo], tmp_pat
     assert "emulated.frozen_calls" not in driver_log, "calls on a frozen process, which hang on hardware"
 
 
+def test_a_second_run_in_a_folder_shows_only_its_own_figures(run: Callable[..., Demo], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = run("--json", "--state-dir", str(home))
+    assert first.end() == 0
+    earlier = first.json()
+    demo = run("--json", "--keep", "--state-dir", str(home))
+    demo.until("the demo is complete", demo.printed("The demo keeps running until Ctrl-C"))
+    report = demo.json()
+    assert (report["requests"], report["instances"], report["usage_complete"]) == (earlier["requests"], 3, True)
+    assert report["wake_ms"]["n"] == report["driver_ms"]["n"] == report["wakes"]
+    assert 0 < report["app_active_s"] <= report["active_s"]
+    assert float(_cost(report["usage"])) == pytest.approx(report["cost"], abs=2e-6)
+
+    both = _hibernode(home, "usage", "--output", "json")
+    (row,) = both["rows"]
+    assert row["invocations"] == sum(one["invocations"] for r in (earlier, report) for one in r["usage"]["rows"])
+    demo.process.send_signal(signal.SIGTERM)
+    assert demo.end() == 0
+
+
 def test_corruption_while_frozen_is_detected(run: Callable[..., Demo]) -> None:
     demo = run("--json", "--flip-byte")
     assert demo.end() == 1

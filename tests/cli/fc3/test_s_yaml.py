@@ -104,7 +104,7 @@ def test_every_supported_key(tmp_path: Path) -> None:
     """
     image = """\
       customContainerConfig:
-        image: host
+        image: registry.example/ocr:1
         port: 8080
         entrypoint: [python3, -m, ocr]
         command: ["--port", "8080"]
@@ -159,17 +159,25 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
 @pytest.mark.parametrize(
     ("props", "problem"),
     [
-        ("timeout: 86401", "s.yaml:11: resources.ocr.props.timeout: expected a whole number <= 86400"),
-        ("timeout: 0", "timeout: expected a whole number >= 1"),
-        ("timeout: soon", "timeout: expected a whole number, got text"),
-        ("memorySize: 500", "memorySize: expected a whole number that's a multiple of 64"),
-        ("cpu: 0.01", "cpu: expected float >= 0.05"),
-        ("cpu: .inf", "cpu: expected float <= 1024"),
-        ("cpu: .nan", "cpu: expected float"),
-        ("memorySize: 640000000000", "memorySize: expected a whole number <= 67108864"),
-        ("diskSize: 100", "diskSize: expected a whole number >= 512"),
-        ("instanceConcurrency: 201", "instanceConcurrency: expected a whole number <= 200"),
-        ("gpuConfig: {gpuMemorySize: 1000}", "gpuConfig.gpuMemorySize: expected a whole number"),
+        (
+            "timeout: 86401",
+            "s.yaml:11: resources.ocr.props.timeout: expected a whole number from 1 to 86400, got 86401",
+        ),
+        ("timeout: 0", "timeout: expected a whole number from 1 to 86400, got 0"),
+        ("timeout: soon", "timeout: expected a whole number from 1 to 86400, got 'soon'"),
+        ("timeout: 010", "timeout: expected a whole number from 1 to 86400, got '010'"),  # YAML 1.1: 8
+        ("timeout: 1:30", "timeout: expected a whole number from 1 to 86400, got '1:30'"),  # YAML 1.1: 90
+        ("memorySize: 500", "memorySize: expected a multiple of 64 from 128 to 67108864, got 500"),
+        ("cpu: 0.01", "cpu: expected a number from 0.05 to 1024, got 0.01"),
+        ("cpu: .inf", "cpu: expected a number from 0.05 to 1024, got"),
+        ("cpu: .nan", "cpu: expected a number from 0.05 to 1024, got"),
+        ("memorySize: 640000000000", "memorySize: expected a multiple of 64 from 128 to 67108864"),
+        ("diskSize: 100", "diskSize: expected a whole number from 512 to 67108864, got 100"),
+        ("instanceConcurrency: 201", "instanceConcurrency: expected a whole number from 1 to 200, got 201"),
+        (
+            "gpuConfig: {gpuMemorySize: 1000}",
+            "gpuConfig.gpuMemorySize: expected a multiple of 1024 from 1024 to 67108864, got 1000",
+        ),
         ("gpuConfig: 8192", "gpuConfig: expected"),
         ("enviromentVariables: {A: b}", ":11: resources.ocr.props.enviromentVariables: unknown key; did you mean"),
         ("environmentVariables: {FC_REGION: x}", "environmentVariables.FC_REGION: names that begin with FC_"),
@@ -188,7 +196,7 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
         ),
         (
             "triggers:\n  - {triggerName: a, triggerConfig: {methods: [BREW]}}",
-            "triggers[0].triggerConfig.methods[0]: Invalid enum value",
+            "triggers[0].triggerConfig.methods[0]: expected DELETE, GET, HEAD, OPTIONS, PATCH, POST or PUT, got 'BREW'",
         ),
         ("timeout: 5\ntimeout: 6", "s.yaml:12: resources.ocr.props.timeout: is written twice"),
         ("timeout: ${vars.time}", ":11: resources.ocr.props.timeout: unknown variable ${vars.time}; defined: none"),
@@ -245,6 +253,15 @@ def test_errors_outside_the_props(tmp_path: Path, before: str, after: str, probl
         ("instanceLifecycleConfig: {preStop: {command: [sh]}}\n", "preStop.command: is not run"),
         ("triggers:\n  - {triggerName: t, triggerType: timer, triggerConfig: {payload: x}}\n", "type 'timer'"),
         ("timeout: 3\n", "has no gpuConfig: the instances get no GPU"),
+        (
+            "gpuMemorySize: 1024\nenvironmentVariables: {CUDA_VISIBLE_DEVICES: '0'}\n",
+            "CUDA_VISIBLE_DEVICES: is replaced",
+        ),
+        (
+            "environmentVariables:\n  NVIDIA_VISIBLE_DEVICES: all\n",
+            "s.yaml:12: resources.ocr.props.environmentVariables",
+        ),
+        ("environmentVariables: {PORT: '80'}\n", "environmentVariables.PORT: is not customContainerConfig.port"),
     ],
 )
 def test_keys_without_effect_give_warnings(tmp_path: Path, props: str, problem: str) -> None:

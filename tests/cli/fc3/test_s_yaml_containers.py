@@ -51,8 +51,8 @@ def test_every_container_key(tmp_path: Path) -> None:
     ("props", "problem"),
     [
         ("hibernode: {shmSize: 8}", "hibernode.shmSize: expected a size with its unit"),
-        ("hibernode: {shmSize: 8192TiB}", "hibernode.shmSize: must be 0 to"),
-        ("hibernode: {pidsLimit: 0}", "hibernode.pidsLimit: expected a whole number >= 1"),
+        ("hibernode: {shmSize: 8192TiB}", "hibernode.shmSize: must be 0 bytes to 1024 TiB, got 8192 TiB"),
+        ("hibernode: {pidsLimit: 0}", "hibernode.pidsLimit: expected a whole number from 1 to 4194304, got 0"),
         ("hibernode: {user: a b}", "hibernode.user: must be a name or number"),
         ("hibernode: {user: [root]}", "hibernode.user: expected text"),
         (

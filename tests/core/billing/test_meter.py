@@ -15,6 +15,7 @@ from agent.core.billing.window import UsageWindow
 from agent.core.types import GIB, FunctionSpec, GpuNeed, InstanceState
 
 WALL = 1_700_000_000_000_000_000
+MOST_IDLE = 200
 ON_GPU_0 = Placement("NVIDIA L20", ("GPU-0",))
 
 
@@ -281,11 +282,13 @@ def test_kill_loses_at_most_one_flush_of_active_time_and_adds_none(
         now_mono_ns=back_at,
         same_process=survived,
         policy=BillingPolicy(),
+        most_idle_ns=MOST_IDLE,
     )
     ledger = [stored[seq] for seq in sorted(stored) if seq < last.seq] + list(recovered.windows)
     check_ledger(ledger)
     assert all(window.sealed for window in ledger)
     assert ledger[-1].end_mono_ns == max(back_at, last.end_mono_ns)
+    assert sum(window.idle_ns for window in recovered.windows if window.estimated) <= MOST_IDLE
     metered = sum(window.active_ns for window in ledger)
     assert truth - flush <= metered <= truth
     assert recovered.next_seq == ledger[-1].seq + 1
@@ -314,6 +317,7 @@ def gap_after(
         now_mono_ns=now,
         same_process=same_process,
         policy=BillingPolicy(),
+        most_idle_ns=4_000,
     )
     check_ledger(list(recovered.windows))
     return list(recovered.windows)
@@ -324,6 +328,20 @@ def test_a_gap_with_the_process_alive_is_idle_and_estimated() -> None:
     assert sealed == replace(last_window(), sealed=True)
     assert (gap.idle_ns, gap.active_ns, gap.estimated, gap.invocations) == (4_000, 0, True, 0)
     assert (gap.start_mono_ns, gap.start_wall_ns) == (1_000, WALL + 1_000)
+
+
+def test_no_more_than_a_window_of_a_gap_is_billed() -> None:
+    """A process that outlived its agent by hours could not be reached all that time."""
+    _, idle, rest = gap_after(last_window(), same_process=True, now=100_000)
+    assert sums([idle]) == (0, 4_000, 0)
+    assert sums([rest]) == (0, 0, 95_000)
+    assert (rest.seq, rest.estimated, rest.sealed) == (idle.seq + 1, True, True)
+    assert rest.start_wall_ns == idle.start_wall_ns + 4_000
+
+
+def test_a_gap_after_a_state_of_another_version_is_unbilled() -> None:
+    _, gap = gap_after(replace(last_window(), state="HIBERNATING"), same_process=True)
+    assert (gap.unbilled_ns, gap.idle_ns) == (4_000, 0)
 
 
 def test_a_gap_after_the_process_died_is_unbilled() -> None:

@@ -53,32 +53,34 @@ def test_instances_spread_before_they_share_up_to_the_limit() -> None:
     gpus = Harness(gpus=2, per_gpu=2)
     chosen = []
     for uid in ("a", "b", "c", "d"):
-        (answer,) = gpus(ev.Assign(uid, 1, ""))
+        (answer,) = gpus(ev.Assign(uid, 1))
         assert isinstance(answer, ev.Assigned)
         chosen.append(answer.gpus[0])
     assert chosen == ["A", "B", "A", "B"]
-    (refusal,) = gpus(ev.Assign("e", 1, ""))
+    (refusal,) = gpus(ev.Assign("e", 1))
     assert isinstance(refusal, ev.Unassignable)
     assert "gpu.instances_per_gpu: 2" in refusal.message
     gpus(ev.Unassign("c"))
-    assert gpus(ev.Assign("e", 1, "")) == [ev.Assigned("e", ("A",))]
+    assert gpus(ev.Assign("e", 1)) == [ev.Assigned("e", ("A",))]
 
 
 def test_a_repeated_assignment_is_the_same_one() -> None:
     gpus = Harness(gpus=2)
-    first = gpus(ev.Assign("a", 1, ""))
-    assert gpus(ev.Assign("a", 1, "")) == first
+    first = gpus(ev.Assign("a", 1))
+    assert gpus(ev.Assign("a", 1)) == first
 
 
-def test_assignment_needs_the_requested_model() -> None:
-    (answer,) = Harness()(ev.Assign("a", 1, "H100"))
+def test_only_gpus_that_suit_the_instance_are_assigned() -> None:
+    gpus = Harness(gpus=2)
+    assert gpus(ev.Assign("a", 1, frozenset("B"))) == [ev.Assigned("a", ("B",))]
+    (answer,) = gpus(ev.Assign("b", 2, frozenset("B"), " of model H100"))
     assert isinstance(answer, ev.Unassignable)
-    assert "'H100'" in answer.message
+    assert "2 GPU(s) of model H100 wanted, 1 of 1 such" in answer.message
 
 
 def test_instance_without_gpus_is_granted_at_once() -> None:
     gpus = Harness()
-    gpus(ev.Assign("cpu", 0, ""))
+    gpus(ev.Assign("cpu", 0))
     assert gpus(ev.Ask("cpu")) == [ev.Grant("cpu", ())]
 
 
@@ -238,7 +240,7 @@ def test_cordoned_gpu_is_granted_after_the_cordon_is_lifted() -> None:
     gpus.member("waiter", "A")
     gpus(ev.Cordon("A", "XID 79", "xid", lasting=False))
     assert gpus(ev.Ask("waiter")) == []
-    assert isinstance(gpus(ev.Assign("new", 1, ""))[0], ev.Unassignable)
+    assert isinstance(gpus(ev.Assign("new", 1))[0], ev.Unassignable)
     assert gpus(ev.Uncordon("A", "xid")) == [ev.Grant("waiter", ("A",))]
 
 
@@ -355,7 +357,7 @@ def test_migration_leaves_a_lost_gpu() -> None:
 
 def test_migration_bounds_sharers_over_all_gpus_of_a_model() -> None:
     gpus = Harness(gpus=2, per_gpu=1, migrate=True)
-    gpus(ev.Assign("a", 1, ""))
-    gpus(ev.Assign("b", 1, ""))
+    gpus(ev.Assign("a", 1))
+    gpus(ev.Assign("b", 1))
     gpus.state = replace(gpus.state, assigned={"a": ("A",), "b": ("A",)})  # b moved
-    assert isinstance(gpus(ev.Assign("c", 1, ""))[0], ev.Unassignable)
+    assert isinstance(gpus(ev.Assign("c", 1))[0], ev.Unassignable)

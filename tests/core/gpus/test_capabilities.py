@@ -6,14 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from agent.core.gpus.capabilities import (
-    Capabilities,
-    HostFacts,
-    NvmlTrouble,
-    driver_branch,
-    find_capabilities,
-    host_lines,
-)
+from agent.core.gpus.capabilities import Capabilities, find_capabilities, host_lines
+from agent.core.gpus.host_facts import HostFacts, NvmlTrouble, driver_branch, is_open_module, may_trace
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB, ComputeMode, Gpu
 
@@ -51,7 +45,9 @@ def test_a_safe_host_can_do_everything_and_needs_no_fix() -> None:
 
 
 def test_the_names_of_the_lines_are_an_interface() -> None:
-    names = "driver architecture cuda checkpoint migration privileges persistence mig vgpu compute_mode mps"
+    names = (
+        "driver architecture kernel_module cuda checkpoint migration privileges persistence mig vgpu compute_mode mps"
+    )
     assert [line.name.replace(" ", "_") for line in find_capabilities(GOOD).lines] == names.split()
 
 
@@ -100,6 +96,40 @@ def test_an_older_libcuda_hides_the_api_and_leaves_the_program() -> None:
     assert "CUDA 12.6" in line(found, "cuda").reason
 
 
+OPEN = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  595.71.05  Release Build  (dvs-builder@U22)
+GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
+"""
+CLOSED = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  595.71.05  Thu Feb 22 01:44:30 UTC 2026
+GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
+"""
+
+
+@pytest.mark.parametrize(
+    ("branch", "text", "level"), [(595, OPEN, "WARN"), (595, CLOSED, "OK"), (595, "", "OK"), (580, OPEN, "OK")]
+)
+def test_only_the_open_module_of_a_branch_that_hangs_is_warned_of(branch: int, text: str, level: str) -> None:
+    found = find_capabilities(host(branch, open_module=is_open_module(text)))
+    assert (line(found, "kernel module").level, found.idle_mode) == (level, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "may"),
+    [
+        ("Name:\tpython3\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n", True),
+        ("CapPrm:\t000001ffffffffff\nCapEff:\t000001fffff7ffff\n", False),
+        ("CapEff:\t00000000a80425fb\n", False),  # Docker's default
+        ("Name:\tpython3\n", True),
+    ],
+)
+def test_ptrace_capability_is_read_from_the_effective_set(status: str, may: bool) -> None:
+    assert may_trace(status) is may
+
+
+@pytest.mark.parametrize("scope", [0, 1, 2])
+def test_yama_stops_no_agent_that_has_the_capability(scope: int) -> None:
+    assert line(find_capabilities(replace(GOOD, ptrace_scope=scope)), "privileges").level == "OK"
+
+
 def test_an_unknown_cuda_version_is_judged_by_the_driver() -> None:
     found = find_capabilities(replace(GOOD, cuda=0))
     assert (found.checkpointer, line(found, "cuda").level) == ("driver", "WARN")
@@ -115,6 +145,9 @@ def test_an_unknown_cuda_version_is_judged_by_the_driver() -> None:
         (replace(GOOD, driver_version="rolling"), "driver", "FAIL", "install driver 580"),
         (replace(GOOD, euid=1000), "privileges", "WARN", "sudo"),
         (replace(GOOD, host_pids=False), "privileges", "FAIL", "--pid=host"),
+        (replace(GOOD, may_trace=False), "privileges", "WARN", "CAP_SYS_PTRACE"),
+        (replace(GOOD, ptrace_scope=3), "privileges", "WARN", "/etc/sysctl.d"),
+        (host(595, open_module=True), "kernel module", "WARN", "run no scheduler"),
         (replace(GOOD, gpus=(replace(H100, mig=True),)), "mig", "FAIL", "nvidia-smi -i 0 -mig 0"),
         (replace(GOOD, gpus=(replace(H100, virtual=True),)), "vgpu", "FAIL", "passthrough"),
         (replace(GOOD, mps=True), "mps", "FAIL", "echo quit | nvidia-cuda-mps-control"),

@@ -81,7 +81,7 @@ class SimulatedNode:
         )
         self.members[uid] = Member(me, ConcurrencyLimiter(concurrency, max_waiting))
         self.inbox[uid] = deque()
-        self.send_to_allocator(allocator_events.Assign(uid, 1, ""))
+        self.send_to_allocator(allocator_events.Assign(uid, 1))
         self.send(uid, ev.Created())
 
     # ---- the wiring of the host -----------------------------------------------------------------------------------
@@ -258,6 +258,8 @@ class SimulatedNode:
                 self.send(uid, ev.Refused(gen, "NOT_READY"))
             case "cancelled" if op is ev.Operation.LOCK:
                 self.send(uid, ev.Refused(gen, machine.CANCELLED))
+            case "paused" if op in (ev.Operation.LOCK, ev.Operation.CHECKPOINT):
+                self.send(uid, ev.Refused(gen, machine.PAUSED))
             case "pre-freeze" if op is ev.Operation.LOCK:
                 self.send(uid, ev.Refused(gen, machine.PRE_FREEZE_FAILED))
             case _:
@@ -301,7 +303,11 @@ class SimulatedNode:
         elif kind < 0.48:
             self.drop(uid)
         elif kind < 0.70:
-            how = r.choice(["refused", "refused", "cancelled", "pre-freeze", "broken"]) if r.random() < faults else "ok"
+            how = (
+                r.choice(["refused", "refused", "cancelled", "paused", "pre-freeze", "broken"])
+                if r.random() < faults
+                else "ok"
+            )
             self.op_ends(uid, how)
         elif kind < 0.78:
             self.prove_release()
@@ -358,6 +364,7 @@ class SimulatedNode:
             if me.state in (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING):
                 assert me.holds, f"{uid} is {me.state} without its GPU"
                 assert holders[uid] == 1, f"{uid} is {me.state} unknown to the allocator"
+            assert me.op or not me.stop or me.state is not InstanceState.RUNNING, f"{uid} forgot its stop"
             if me.holds:
                 assert holders[uid] == 1, f"{uid} believes it holds a GPU"
             if me.state in (InstanceState.FROZEN, InstanceState.WAITING_GPU):

@@ -8,6 +8,7 @@ import pytest
 
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
+from agent.core.types import SECOND_NS
 from tests.core.lifecycle.test_table import (
     AT,
     BUSY,
@@ -129,6 +130,15 @@ def test_only_a_running_instance_counts_as_paused(me: Instance) -> None:
 def test_paused_instance_is_stopped_by_force() -> None:
     me, _ = does(after(RUNNING, ev.Paused(paused=True)), ev.StopAsked(30))
     assert (me.state, me.stop_force) == (S.STOPPING, True)
+
+
+@pytest.mark.parametrize("me", [LOCKING, CHECKPOINTING])
+def test_stop_that_crosses_a_pause_does_not_wait_for_its_end(me: Instance) -> None:
+    stopping = after(me, ev.StopAsked(30 * SECOND_NS))
+    stopping, effects = does(stopping, ev.Refused(me.op_gen, "EXTERNALLY_FROZEN", "paused from outside"))
+    assert (stopping.state, stopping.stop_force) == (S.STOPPING, True)
+    assert "Run STOP" in kinds(effects)
+    assert ev.ReleaseGpus() in does(stopping, ev.Succeeded(stopping.op_gen))[1]
 
 
 def test_a_new_instance_is_neither_movable_nor_paused() -> None:

@@ -52,6 +52,7 @@ def test_the_walks_reach_every_transition_worth_walking() -> None:
         node.traffic = 0.1 if seed % 2 else 1.0
         for _ in range(800):
             node.move(faults=0.2)
+            node.check()
         seen += node.seen
     for transition in (
         "STARTING->RUNNING", "STARTING->FAILED", "RUNNING->FREEZING", "FREEZING->FROZEN", "FREEZING->RUNNING",

@@ -17,6 +17,7 @@ from agent.core.provisioning.autoscaling import (
     Patience,
     ScalingPolicy,
     Tracking,
+    Unreadable,
     begin,
     decide,
     last_fired,
@@ -221,3 +222,25 @@ def test_a_window_holds_its_start_and_not_its_end() -> None:
         True,
         False,
     ]
+
+
+WEST = Unreadable("west", ActiveWindow(0, 100), 4, "its zone is gone")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "policies", "last", "wanted"),
+    [
+        (None, [], 6, Decision(6, "west")),  # alone: the last target stays, also if it was the default's
+        (None, [], 2, Decision(2, "west")),
+        (Fired("night", 1, 5, WEST.window), [], 6, Decision(4, "west")),  # no more than it can ask for
+        (Fired("night", 1, 5, WEST.window), [], 2, Decision(2, "west")),  # and no more than there was
+        (Fired("day", 8, 5, WEST.window), [], 6, Decision(8, "day")),
+        (Fired("day", 4, 5, WEST.window), [], 6, Decision(4, "day")),
+        (None, [("load", 1)], 3, Decision(3, "west")),
+        (Fired("night", 1, 5, WEST.window), [("load", 9)], 3, Decision(9, "load")),
+    ],
+)
+def test_what_cannot_be_read_counts_with_the_last_target(
+    schedule: Fired | None, policies: list[tuple[str, int]], last: int, wanted: Decision
+) -> None:
+    assert decide(1, schedule, policies, [WEST], last) == wanted

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.provisioning.placement import GpuView, NodeView, Occupant, Placed, Unplaceable, instances_to_stop, place
-from agent.core.types import GIB, FunctionSpec, GpuNeed
+from agent.core.types import GIB, MIB, FunctionSpec, GpuNeed
 
 OCR = FunctionSpec("ocr", memory_bytes=GIB)
 HOST = frozenset({"process"})
@@ -20,6 +20,8 @@ def gpus(*sharers: int, model: str = "A10") -> tuple[GpuView, ...]:
 
 
 NODE = NodeView("n1", gpus(0, 0), runtimes=HOST, memory_free_bytes=8 * GIB)
+SMALL = replace(NODE, gpus=tuple(GpuView(f"T4-{n}", "Tesla T4", memory_bytes=15360 * MIB) for n in range(2)))
+A10 = GpuView("A10", "A10", memory_bytes=23028 * MIB)
 
 
 def test_the_node_with_the_most_free_slots_gets_it() -> None:
@@ -57,6 +59,29 @@ def test_with_migration_instances_per_gpu_bounds_the_average() -> None:
     assert isinstance(place(OCR, [replace(wandered, migrates=True)]), Unplaceable)
 
 
+def test_only_gpus_with_enough_memory_and_of_the_type_count() -> None:
+    """The small GPUs are free, the large one is in use; and the type means another model on each node."""
+    large = replace(OCR, gpu=GpuNeed(memory_bytes=24 * GIB))
+    mixed = replace(SMALL, gpus=(*SMALL.gpus, replace(A10, sharers=1)))
+    outcome = place(large, [mixed])
+    assert isinstance(outcome, Unplaceable)
+    assert outcome.reason == "NO_FREE_GPU"
+    assert mixed.with_instance(large).gpus[-1].sharers == 2, "counted where it can go"
+    assert place(large, [mixed, replace(NODE, name="n2", gpus=(A10,))]) == Placed("n2")
+    ada = replace(OCR, gpu=GpuNeed(gpu_type="fc.gpu.ada.1"))
+    elsewhere = replace(NODE, name="n2", gpu_types={"fc.gpu.ada.1": "A10"})
+    assert place(ada, [replace(SMALL, gpu_types={"fc.gpu.ada.1": "L20"}), elsewhere]) == Placed("n2")
+
+
+def test_the_message_says_what_gpu_is_wanted_and_no_figure_that_changes() -> None:
+    outcome = place(replace(OCR, gpu=GpuNeed(gpu_type="T4", memory_bytes=17 * GIB)), [SMALL])
+    assert isinstance(outcome, Unplaceable)
+    assert "node n1 has 0 of 1 usable GPU(s) of type 'T4' with 17 GiB" in outcome.message
+    short = place(OCR, [replace(NODE, memory_free_bytes=GIB - 1)])
+    assert isinstance(short, Unplaceable)
+    assert "has 1 GiB of memory left" in short.message
+
+
 def test_labels_of_the_function_must_match() -> None:
     rack = replace(NODE, name="n2", labels={"rack": "b"}, gpus=gpus(1, 0))
     asks = replace(OCR, node_labels=(("rack", "b"),))
@@ -88,6 +113,8 @@ def test_what_is_asked_for_in_one_round_is_spread_and_counted() -> None:
         (replace(OCR, gpu=GpuNeed(model="H100")), [replace(NODE, unavailable="is silent")], "NO_MATCHING_NODE"),
         (replace(OCR, gpu=GpuNeed(count=3)), [NODE], "NO_MATCHING_NODE"),
         (replace(OCR, node_labels=(("rack", "b"),)), [NODE], "NO_MATCHING_NODE"),
+        (replace(OCR, gpu=GpuNeed(gpu_type="H100")), [NODE], "NO_MATCHING_NODE"),
+        (replace(OCR, gpu=GpuNeed(memory_bytes=17 * GIB)), [SMALL], "NO_MATCHING_NODE"),
         (OCR, [replace(NODE, gpus=gpus(1, 1))], "NO_FREE_GPU"),
         (OCR, [replace(NODE, gpus=gpus(1, 1)), replace(NODE, unavailable="is lost")], "NO_FREE_GPU"),
         (OCR, [replace(NODE, memory_free_bytes=GIB - 1)], "HOST_MEMORY_SHORT"),

@@ -10,7 +10,7 @@ import pytest
 
 from agent.core.provisioning.model import ObservedInstance, RequestId, Scheduling, parse_request_id
 from agent.core.provisioning.reconcile import MAX_ATTEMPTS, Attempts, DesiredState, ReconcilePlan, came_up, failed, plan
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, InstanceState, StopCause
 
 RUNNING, STARTING, STOPPING = InstanceState.RUNNING, InstanceState.STARTING, InstanceState.STOPPING
 FROZEN = InstanceState.FROZEN
@@ -127,6 +127,20 @@ def test_an_update_and_a_scale_in_at_once() -> None:
     """Two new ones are up, two old ones are left, and one is enough."""
     here = [have(0, "2"), replace(have(1, "2"), requests=1), have(0), have(1, state=FROZEN)]
     assert stopped(settled(1, here, "2")) == ["r2-0-1", "r1-1-1", "r1-0-1"]
+
+
+def test_each_stop_says_why() -> None:
+    def causes(desired: DesiredState, here: list[ObservedInstance]) -> list[StopCause]:
+        return [stop.cause for stop in plan(desired, here, {}, NONE, True, 0).stops]
+
+    here = [have(0), have(1)]
+    assert causes(DesiredState("ocr", "1", 1), here) == [StopCause.SCALED_IN]
+    assert causes(DesiredState("ocr", "1", 0), here) == [StopCause.SCALED_IN] * 2
+    assert causes(DesiredState("ocr", "1", 0, deleted=True), here) == [StopCause.FUNCTION_DELETED] * 2
+    assert causes(DesiredState("ocr", "2", 1), [have(0), have(0, "2")]) == [StopCause.REPLACED]
+    assert causes(DesiredState("ocr", "2", 0), here) == [StopCause.SCALED_IN] * 2
+    drained = replace(have(0), scheduling=Scheduling.EMPTIED)
+    assert causes(DesiredState("ocr", "1", 1), [drained]) == [StopCause.NODE_DRAINED]
 
 
 # ---- nodes that are cordoned or drained -----------------------------------------------------------------------

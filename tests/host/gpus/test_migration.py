@@ -114,6 +114,14 @@ async def test_a_frozen_instance_of_a_lost_gpu_moves(rig: NodeRig) -> None:
     assert mover.gpu_uuids == (second,)
 
 
+async def test_start_is_told_the_numbers_of_its_gpus(rig: NodeRig) -> None:
+    first, _ = gpus(rig)
+    rig.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    actor = await rig.running()
+    spec = rig.runtime.containers[actor.uid].spec
+    assert (spec.gpu_numbers, spec.all_gpus) == ((1,), True)
+
+
 async def test_placement_is_on_disk_before_the_freeze(rig: NodeRig) -> None:
     first, second = gpus(rig)
     mover = await rig.frozen()

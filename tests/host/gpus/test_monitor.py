@@ -88,6 +88,19 @@ async def test_a_lost_gpu_stays_out() -> None:
         assert it.cordoned(1).startswith("GPU_LOST: ")
 
 
+async def test_cuda_numbers_are_unknown_once_a_gpu_is_lost() -> None:
+    """CUDA may no longer count the lost one. An ill one counts."""
+    async with watched() as it:
+        numbers = it.rig.node.broker.cuda_numbers
+        it.rig.gpus.errors[it.uuid(0)] = "ill"
+        await it.looks(2)
+        assert it.cordoned(0)
+        assert numbers([it.uuid(1)]) == (1,)
+        it.rig.gpus.errors[it.uuid(0)] = "lost"
+        await it.looks(1)
+        assert numbers([it.uuid(1)]) == ()
+
+
 async def test_silent_driver_cordons_all_gpus_until_it_answers() -> None:
     async with watched() as it:
         await it.watch.poll()

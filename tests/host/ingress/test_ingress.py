@@ -58,7 +58,14 @@ async def a_door() -> AsyncIterator[Door]:
         ingress = Ingress(rig.node, rig.clock, [TOKEN], RequestIds(lambda: 1, lambda bits: 2))
         ingress.open = True
         faults: list[BaseException] = []
-        server = await serve(ingress, "127.0.0.1", 0, Limits(), request_ids=lambda: "1-0-0-0", on_fault=faults.append)
+        server = await serve(
+            ingress,
+            "127.0.0.1",
+            0,
+            Limits(),
+            request_ids=lambda: "1-0-0-0",
+            on_fault=lambda error, _: faults.append(error),
+        )
         try:
             yield Door(rig, ingress, server.port)
         finally:

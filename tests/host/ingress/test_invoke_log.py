@@ -33,6 +33,8 @@ HANDLE = Handle("i-1", ProcessId("boot", 1, 1), "127.0.0.1", 9000)
         (OTHER + START + b"mine\nTraceback", START + b"mine\nTraceback", False),
         (OTHER, b"", False),
         (b"", b"", False),
+        (START.replace(ID.encode(), ID.encode() + b"0") + START + b"mine\n" + END, START + b"mine\n" + END, True),
+        (START + b"mine\n" + END.replace(b"\n", b"0\n"), START + b"mine\n" + END.replace(b"\n", b"0\n"), False),
         (END + START, START, False),  # an End marker before its Start belongs to another request
     ],
 )

@@ -18,6 +18,7 @@ from agent.core.errors import (
 from agent.core.instance_record import RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.types import GIB, Exit, GpuNeed, InstanceState
+from agent.host.instance import executor
 from tests.host.rig import OCR, NodeRig, eventually, node_rig, until
 
 
@@ -125,7 +126,10 @@ async def test_sharers_of_a_gpu_must_all_fit_into_host_memory() -> None:
     [
         (replace(OCR, image="registry/ocr:1"), "IMAGE_RUNTIME_UNAVAILABLE"),
         (replace(OCR, command=()), "COMMAND_MISSING"),
-        (replace(OCR, gpu=GpuNeed(gpu_type="fc.gpu.ada.1")), "GPU_CAPACITY"),
+        (replace(OCR, gpu=GpuNeed(gpu_type="fc.gpu.ada.1")), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(gpu_type="L4")), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(memory_bytes=17 * GIB)), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(count=9)), "NO_SUCH_GPU"),
     ],
 )
 async def test_what_this_node_cannot_run_is_refused(function: object, reason: str) -> None:
@@ -164,6 +168,18 @@ async def test_a_port_that_never_opens_fails_the_start_in_fcs_words() -> None:
         await until(actor, InstanceState.FAILED)
         assert actor.instance.reason == "FUNCTION_NOT_STARTED"
         assert "The CA's http server cannot be started" in actor.instance.message
+
+
+async def test_a_start_that_listens_elsewhere_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "LISTEN_CHECK_S", 0.005)
+    async with node_rig(ready_timeout_s=0.3) as rig:
+        rig.runtime.port_of = lambda spec: 1
+        rig.runtime.listens_on = ["0.0.0.0:9000", "[::1]:9001"]
+        actor = await rig.create()
+        waits = "waiting for its server on port 1; it listens on 0.0.0.0:9000, [::1]:9001"
+        await eventually(lambda: actor.figures.progress == waits)
+        await until(actor, InstanceState.FAILED)
+        assert "(1). It listens on 0.0.0.0:9000, [::1]:9001 instead. Logs" in actor.instance.message
 
 
 async def test_a_process_that_ends_during_its_start_shows_its_log() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import InstanceError, UnavailableError
+from agent.core.instance_record import UnreadableRecord
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Exit, Hook, Hooks, InstanceState
 from agent.host.instance.actor import Actor
@@ -350,3 +351,50 @@ async def test_ended_instance_is_forgotten_while_its_engine_is_down() -> None:
         await rig.restart()
         assert await rig.store.load_instances() == []
         assert "instance.gone" in rig.names(actor.uid)
+
+
+async def lose_record(rig: NodeRig, uid: str) -> None:
+    """The next agent can't read the instance's record."""
+    await rig.billing.flush()
+    await rig.kill_agent()
+    gone = rig.store._records.pop(uid)
+    rig.store.unreadable[uid] = UnreadableRecord(uid, gone.gpu_uuids, "Invalid enum value 'DREAM'")
+    await rig.boot()
+
+
+@pytest.mark.parametrize("nvml_answers", [True, False])
+async def test_an_instance_whose_record_cannot_be_read_is_left_alone(nvml_answers: bool) -> None:
+    """Neither killed nor used, its GPU kept from others; the rest of the node works."""
+    async with node_rig() as rig:
+        lost, other = await rig.running(), await rig.running()
+        gpu = lost.gpu_uuids[0]
+        pid = rig.runtime.containers[lost.uid].handle.process.pid
+        await lose_record(rig, lost.uid)
+
+        async def gpus_of(pids: set[int]) -> list[str] | None:
+            return ([gpu] if pid in pids else []) if nvml_answers else None
+
+        rig.node.broker.gpus_of = gpus_of  # type: ignore[method-assign]
+        found = await rig.recover()
+        assert (found.unreadable, found.killed, found.orphans) == (1, 0, 0)
+        assert lost.uid in rig.runtime.containers
+        assert not rig.runtime.containers[lost.uid].ended.done()
+        assert set(rig.node.actors) == {other.uid}
+        assert "install the version" in rig.messages("instance.record_unreadable")[0]
+        cordoned = {uuid for uuid, device in rig.node.broker.allocator.devices.items() if device.cordons}
+        assert cordoned == {gpu}
+        assert list(await rig.store.unreadable_instances()), "the record stays, for the version that wrote it"
+        rig.clock.advance(60 * SECOND_NS)
+        await rig.billing.flush()
+        windows = await rig.store.read_windows(lost.uid)
+        assert sum(one.idle_ns + one.active_ns for one in windows if one.estimated) == 0, "nothing is billed meanwhile"
+
+
+async def test_a_record_that_cannot_be_read_goes_with_its_processes() -> None:
+    async with node_rig() as rig:
+        lost = await rig.running()
+        rig.runtime.containers[lost.uid].ended.set_result(Exit(code=0))
+        await lose_record(rig, lost.uid)
+        found = await rig.recover()
+        assert (found.gone, found.unreadable) == (1, 0)
+        assert list(await rig.store.unreadable_instances()) == []

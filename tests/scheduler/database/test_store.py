@@ -12,9 +12,10 @@ import pytest
 
 from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
 from agent.core.errors import ConfigError, InvalidArgumentError, UnavailableError
+from agent.core.provisioning.problem import Problem
 from agent.core.types import DispatchPolicy
 from agent.scheduler.database.store import FunctionRow, Store
-from agent.scheduler.functions.catalog import Catalog, Problem
+from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
 from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
 from agent.v1.types_pb2 import FunctionSpec

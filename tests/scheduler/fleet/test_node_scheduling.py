@@ -263,3 +263,14 @@ async def test_an_update_that_lacks_memory_costs_one_instance(rig: ProvisionerRi
     await rig.deploy(3, memory_bytes=GIB)
     await rig.rounds(6)
     assert (len(rig.stops), rig.reason()) == (1, "HOST_MEMORY_SHORT")
+
+
+async def test_a_request_of_a_newer_version_keeps_new_instances_away(rig: ProvisionerRig, store: Store) -> None:
+    """It is not normal use, whatever it is; nothing is stopped for it."""
+    await up(rig)
+    await store.put_node_scheduling("n1", "HIBERNATED")
+    await rig.scheduling.load()
+    assert rig.fleet.scheduling("n1") is Scheduling.CORDONED
+    await rig.rounds(3, 5)
+    assert (len(rig.uids()), rig.stops) == (1, [])
+    assert await store.node_scheduling() == {"n1": "HIBERNATED"}

@@ -10,8 +10,10 @@ from agent.core.types import SECOND_NS
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.functions.autoscaler import Autoscaler
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.deployed import Deployed
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.v1 import function_service_pb2 as pb
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import FunctionSpec, Instance, Node
@@ -31,13 +33,24 @@ class Rig:
         self.fleet = Fleet(self.clock, self.apply, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
         self.catalog = Catalog(self.clock, store, self.apply, self.catalog_changed, Defaults())
         self.targets: list[int] = []
+        self.last = LastTargets(store)
+        period_ns = PERIOD_S * SECOND_NS
         self.scaler = Autoscaler(
-            self.clock, self.catalog, self.fleet, self.dispatcher, PERIOD_S * SECOND_NS, Patience(), self.moved
+            self.clock, self.catalog, self.fleet, self.dispatcher, period_ns, Patience(), self.moved, self.last
         )
-        self.servicer = FunctionServicer(self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")
+        self.servicer = FunctionServicer(self.clock, self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")
         self.loads: dict[str, InstanceLoad] = {}
         self.gauges: dict[str, NodeLoad.InstanceGauges] = {}
         self.stream = self.sequence = self.requests = 0
+
+    async def restarted(self, store: Store) -> Rig:
+        """A scheduler that starts on what this one has written."""
+        await self.last.write()
+        again = Rig(store)
+        await again.catalog.load()
+        await again.last.load()
+        again.scaler.check()
+        return again
 
     def apply(self, event: Event) -> None:
         self.dispatcher.step(event, self.clock.monotonic_ns())
@@ -85,11 +98,12 @@ class Rig:
         }
         self.report()
 
-    def report(self) -> None:
+    def report(self, *, heartbeat: bool = True) -> None:
+        """Everything n1 has, with or without its gauges."""
         if not self.stream:
             self.stream = self.fleet.stream_opened("n1")
         self.sequence += 1
-        load = NodeLoad(state=Node.STATE_READY, instances=self.gauges.values())
+        load = NodeLoad(state=Node.STATE_READY, instances=self.gauges.values()) if heartbeat else None
         message = ReportLoadRequest(epoch=1, sequence=self.sequence, snapshot=True, load=load)
         if self.sequence == 1:
             message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))

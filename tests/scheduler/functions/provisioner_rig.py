@@ -12,18 +12,20 @@ from google.protobuf.message import Message
 
 from agent.core.dispatch.events import Event
 from agent.core.errors import HibernodeError
-from agent.core.types import SECOND_NS
+from agent.core.types import SECOND_NS, StopCause
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.v1.function_service_pb2 import DeployFunctionRequest
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import FunctionSpec, Gpu, HostMemory, Instance, Node
+from agent.wire.convert_enums import stop_cause_from_proto
 from agent.wire.convert_time import time_to_proto
 from tests.fakes.clock import FakeClock
 
@@ -55,12 +57,13 @@ class ProvisionerRig:
         self.places: list[str] = []
         self.stops: list[str] = []
         self.graces: list[int] = []
+        self.causes: list[StopCause] = []
         self.stop_error: HibernodeError | None = None
         self.drains = False
         self.comes_up = True
         self.answer: Answer = self.running
         self.fleet = Fleet(self.clock, self.events.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults())
+        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults(), GpuCheck(self.fleet))
         self.scheduling = NodeScheduling(store, self.fleet)
         channels = cast(AgentChannels, SimpleNamespace(channel=self._channel))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, channels, self.events.append)
@@ -91,6 +94,7 @@ class ProvisionerRig:
         if isinstance(request, StopInstanceRequest):
             self.stops.append(request.uid)
             self.graces.append(request.grace_ns)
+            self.causes.append(stop_cause_from_proto(request.cause))
             if self.stop_error is not None:
                 raise self.stop_error
             if self.drains:

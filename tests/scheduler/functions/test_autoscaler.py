@@ -115,6 +115,23 @@ async def test_cpu_and_memory_of_awake_instances_come_with_the_heartbeats(rig: R
     assert (states["cpu"].target, states["memory"].target) == (4, 3)
 
 
+async def test_cpu_time_is_divided_by_the_time_between_heartbeats_and_not_by_that_of_other_messages(rig: Rig) -> None:
+    """Changes come between the heartbeats, ever later: the autoscaler sees each heartbeat only after one."""
+    cpu = pb.TargetTrackingPolicy.METRIC_TYPE_CPU_UTILIZATION
+    await rig.deploy(vcpu_millis=2000)
+    rig.instances(1)
+    await rig.put(target_tracking_policies=[current_policy(name="cpu", metric_type=cpu)])
+    for second in range(3 * PERIOD_S + 1):
+        late_ns = second * SECOND_NS // (4 * PERIOD_S)
+        rig.gauges = {"i0": NodeLoad.InstanceGauges(uid="i0", cpu_ns=second * SECOND_NS)}
+        rig.report()
+        rig.clock.advance(late_ns)
+        rig.report(heartbeat=False)
+        rig.scaler.check()
+        rig.clock.advance(SECOND_NS - late_ns)
+    assert rig.policy.metric == 0.5
+
+
 async def test_a_policy_begins_and_ends_with_its_window(rig: Rig) -> None:
     policy = current_policy(start_time="2023-11-14T22:14:20Z", end_time="2023-11-14T22:15:20Z", min_capacity=3)
     await rig.deploy(target=1)
@@ -283,15 +300,3 @@ async def test_a_restart_knows_which_action_fired_last(rig: Rig, store: Store) -
     again.scaler.check()
     assert (again.ocr.target, again.ocr.default_target, again.ocr.decided_by) == (2, 1, "down")
     assert again.ocr.config == rig.ocr.config
-
-
-async def test_an_unreadable_stored_config_does_not_prevent_the_start(rig: Rig, store: Store) -> None:
-    await rig.deploy(target=1)
-    unknown = pb.ProvisionConfig(scheduled_actions=[morning(time_zone="Nowhere/Land")])
-    row = next(iter(await store.functions()))
-    await store.put_function(row, unknown.SerializeToString())
-    again = Rig(store)
-    await again.catalog.load()
-    again.scaler.check()
-    assert again.ocr.target == 1
-    assert again.ocr.config == unknown, "listed as it is, for people to mend"

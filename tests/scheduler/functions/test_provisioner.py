@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from agent.core.dispatch.events import InstanceRetired
+from agent.core.dispatch.events import FunctionSet, InstanceRetired
 from agent.core.errors import (
     ConflictError,
     DeadlineError,
@@ -17,6 +18,7 @@ from agent.core.errors import (
     PreconditionError,
     UnavailableError,
 )
+from agent.core.provisioning.problem import LastFailure, NextTry
 from agent.core.provisioning.reconcile import MAX_ATTEMPTS
 from agent.core.types import SECOND_NS
 from agent.scheduler.database.store import Store
@@ -34,6 +36,13 @@ async def rig(tmp_path: Path) -> AsyncIterator[ProvisionerRig]:
     await store.close()
 
 
+def _last(rig: ProvisionerRig) -> LastFailure:
+    problem = rig.catalog.problem("ocr")
+    assert problem is not None
+    assert problem.last is not None
+    return problem.last
+
+
 async def test_a_start_that_always_fails_is_given_up_until_a_deploy(rig: ProvisionerRig) -> None:
     rig.answer = fails(rig, "INITIALIZATION_ERROR")
     await rig.deploy()
@@ -49,6 +58,63 @@ async def test_a_start_that_always_fails_is_given_up_until_a_deploy(rig: Provisi
     await rig.round()
     assert rig.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 1}"
     assert rig.catalog.problem("ocr") is None
+
+
+async def test_a_failure_is_shown_until_an_instance_has_come_up(rig: ProvisionerRig) -> None:
+    rig.answer = fails(rig, "IMAGE_PULL_FAILED")
+    await rig.deploy()
+    await rig.rounds(2)
+    last = _last(rig)
+    assert (last.failure.reason, last.failure.node, last.failure.uid) == ("IMAGE_PULL_FAILED", "n1", "dead-ocr/1/0/1")
+    assert (last.attempt, last.next_try) == (1, NextTry.SCHEDULED)
+    assert last.next_ns > rig.clock.monotonic_ns()
+    rig.answer, rig.comes_up = rig.running, False
+    await rig.rounds(2, 2)
+    assert (_last(rig).failure, _last(rig).next_try) == (last.failure, NextTry.UNDER_WAY), "it is still starting"
+    rig.come_up()
+    await rig.round()
+    assert rig.catalog.problem("ocr") is None
+
+
+async def test_a_crash_is_shown_while_the_next_instance_starts(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.rounds(2)
+    rig.loads["i1"].state, rig.loads["i1"].state_reason = FAILED, "OUT_OF_MEMORY"
+    rig.comes_up = False
+    await rig.rounds(3, 2)
+    assert rig.uids() == {"i1", "i2"}
+    assert (rig.reason(), _last(rig).failure.uid, _last(rig).next_try) == ("OUT_OF_MEMORY", "i1", NextTry.UNDER_WAY)
+
+
+async def test_a_full_fleet_is_shown_beside_the_failure_and_then_refuses_requests(rig: ProvisionerRig) -> None:
+    rig.answer = fails(rig, "IMAGE_PULL_FAILED")
+    await rig.deploy()
+    await rig.round()
+    rig.loads.update(
+        {f"x{n}": InstanceLoad(uid=f"x{n}", function="x", state=RUNNING, gpu_uuids=[f"n1-g{n}"]) for n in (0, 1)}
+    )
+    await rig.round(2)
+    problem = rig.catalog.problem("ocr")
+    assert problem is not None
+    assert (problem.reason, problem.no_capacity_expected) == ("NO_FREE_GPU", False)
+    assert (_last(rig).failure.reason, _last(rig).next_try) == ("IMAGE_PULL_FAILED", NextTry.WAITING)
+    await rig.rounds(6, 2)
+    assert FunctionSet("ocr", expects_instances=False) in rig.events
+    rig.answer = rig.running
+    rig.ended("x0")
+    await rig.rounds(2, 2)
+    assert rig.catalog.problem("ocr") is None
+    assert [one for one in rig.events if isinstance(one, FunctionSet)][-1].expects_instances
+
+
+async def test_each_new_failure_is_logged_once(rig: ProvisionerRig) -> None:
+    rig.answer = fails(rig, "IMAGE_PULL_FAILED")
+    await rig.deploy()
+    with capture_logs() as lines:
+        await rig.rounds(20, 1)
+    attempts = [line["attempt"] for line in lines if line["event"] == "function.degraded"]
+    assert attempts == list(range(1, len(attempts) + 1))
+    assert len(attempts) >= 4
 
 
 async def test_a_create_without_an_answer_is_repeated_with_its_request_id(rig: ProvisionerRig) -> None:

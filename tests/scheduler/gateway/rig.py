@@ -59,6 +59,8 @@ class GatewayRig:
     suspects: list[str] = field(default_factory=list)
     faults: list[BaseException] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
+    gpu_waits: dict[str, str] = field(default_factory=dict)
+    """By function: who holds the GPU that an instance of it waits for."""
 
     def apply(self, event: Event) -> None:
         self.dispatch_loop.apply(event)
@@ -118,10 +120,24 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
 
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
     router, pool_of = Router("localhost"), ingresses.pool
-    gateway = Gateway(clock, router, catalog, dispatch_loop, pool_of, lambda _: TOKEN, unreachable, ids)
+    gpu_waits: dict[str, str] = {}
+
+    def gpu_wait(function: str) -> str:
+        return gpu_waits.get(function, "")
+
+    gateway = Gateway(clock, router, catalog, dispatch_loop, pool_of, lambda _: TOKEN, unreachable, ids, gpu_wait)
     dates = DateHeader(lambda: NOON)
-    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_header=dates)
+    server = await serve(
+        gateway,
+        "127.0.0.1",
+        0,
+        Limits(),
+        request_ids=ids,
+        on_fault=lambda error, _: faults.append(error),
+        date_header=dates,
+    )
     rig = GatewayRig(gateway, server, catalog, dispatch_loop, dispatcher, fakes, wakes, suspects, faults)
+    rig.gpu_waits = gpu_waits
     for name, fake in fakes.items():
         await fake.start()
         dispatch_loop.apply(NodeReported(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.scheduler.functions.catalog import Problem
+from agent.core.provisioning.problem import Problem
 from tests.fakes.agent_node import FakeIngress, Received
 from tests.http.rig import Wire
 from tests.scheduler.gateway.rig import GatewayRig, gateway_rig

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from agent.core.dispatch.events import InstanceReported, NodeReported, WakeAnswered
+from agent.core.provisioning.problem import Problem
 from agent.core.types import MILLISECOND_NS, InstanceState
 from agent.http.exchange import Exchange
-from agent.scheduler.functions.catalog import Problem
 from tests.fakes.agent_node import FakeIngress, Received, die_in_the_middle, hold, refuse, refuse_before_body, vanish
 from tests.scheduler.gateway.rig import TOKEN, GatewayRig, gateway_rig
 
@@ -58,6 +58,35 @@ async def test_three_routes_lead_to_a_function(
     assert received.get("x-hibernode-control-path") == control
     expected = "application/octet-stream" if control == "/invoke" else "text/x"
     assert received.get("content-type") == expected
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("target", "location"),
+    [
+        ("/fn/ocr", b"/fn/ocr/"),
+        ("/fn/ocr?", b"/fn/ocr/?"),
+        ("/fn/ocr?page=2&next=/a/b", b"/fn/ocr/?page=2&next=/a/b"),
+        ("http://gateway/fn/ocr?c=d", b"/fn/ocr/?c=d"),
+    ],
+)
+async def test_a_page_without_the_last_slash_is_redirected(
+    rig: GatewayRig, method: str, target: str, location: bytes
+) -> None:
+    """Else the page's relative links would lead to `/fn/`. No instance is asked, and none is needed."""
+    wire = await rig.wire()
+    await wire.send(f"{method} {target} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
+    status, headers, body = await wire.message(bodyless=method == "HEAD")
+    assert (status, headers[b"location"], body) == (308, location, b"")
+    assert headers[b"x-fc-request-id"]
+    assert rig.gateway.traffic.of("ocr").invocations == 0
+    await wire.send(f"{method} /fn/nobody HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
+    assert (await wire.message(bodyless=method == "HEAD"))[0] == 404, "the connection goes on, and no name is made up"
+
+
+async def test_a_host_name_without_a_path_is_no_prefix(rig: GatewayRig) -> None:
+    rig.instance("i1")
+    assert (await rig.ask(b"GET /fn/ocr HTTP/1.1\r\nhost: ocr.localhost\r\n\r\n"))[0] == 200
 
 
 async def test_a_host_name_has_no_case_and_a_function_s_name_does(rig: GatewayRig) -> None:
@@ -158,6 +187,37 @@ async def test_a_queued_request_is_504_at_its_queue_timeout(rig: GatewayRig) -> 
     status, _, body = await rig.ask(GET)
     assert (status, code(body)) == (504, "QueueTimeout")
     assert rig.queued() == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "expected"),
+    [("NO_FREE_GPU", 503, "NoCapacity"), ("FUNCTION_NOT_STARTED", 502, "FunctionNotStarted")],
+)
+async def test_a_request_that_waited_in_vain_gets_the_known_reason(
+    rig: GatewayRig, reason: str, status: int, expected: str
+) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.catalog.set_problem("ocr", Problem(reason, "the reason for people", none_up=True))
+    found, _, body = await rig.ask(GET)
+    assert (found, code(body)) == (status, expected)
+    assert b"the reason for people" in body
+
+
+async def test_a_queue_timeout_names_why_there_are_too_few_instances(rig: GatewayRig) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: secret"))
+    status, _, body = await rig.ask(GET)
+    assert (status, code(body)) == (504, "QueueTimeout")
+    assert b"NO_FREE_GPU" in body
+    assert b"secret" not in body, "only a function's own failure to start is quoted"
+
+
+async def test_a_queue_timeout_names_who_holds_the_gpu(rig: GatewayRig) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.gpu_waits["ocr"] = "its GPU is held by i2 of chat, RUNNING for 75 s"
+    status, _, body = await rig.ask(GET)
+    assert (status, code(body)) == (504, "QueueTimeout")
+    assert b"within its queue timeout: its GPU is held by i2 of chat, RUNNING for 75 s" in body
 
 
 async def test_target_zero_is_503(rig: GatewayRig) -> None:

@@ -1,0 +1,72 @@
+"""The fleet as SchedulerService shows it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from agent.api.scheduler_servicer import SchedulerServicer
+from agent.core.types import SECOND_NS
+from agent.scheduler.fleet.fleet import Fleet
+from agent.scheduler.fleet.node_scheduling import NodeScheduling
+from agent.v1.scheduler_service_pb2 import (
+    InstanceLoad,
+    ListFleetInstancesRequest,
+    ListNodesRequest,
+    NodeLoad,
+    Registration,
+    ReportLoadRequest,
+)
+from agent.v1.types_pb2 import Instance, Node
+from agent.wire.convert_time import time_from_proto
+from tests.fakes.clock import FakeClock
+
+
+def report(fleet: Fleet, name: str, *loads: InstanceLoad) -> None:
+    registration = Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2")
+    load = NodeLoad(state=Node.STATE_READY)
+    message = ReportLoadRequest(
+        epoch=1, sequence=1, snapshot=True, registration=registration, load=load, instances=loads
+    )
+    fleet.receive(name, fleet.stream_opened(name), message)
+
+
+async def test_nothing_is_known_of_a_lost_nodes_instances_since_it_was_last_heard() -> None:
+    clock = FakeClock()
+    fleet = Fleet(clock, lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None))
+    heard = clock.wall_ns()
+    report(
+        fleet,
+        "n1",
+        InstanceLoad(uid="i1", function="ocr", state=Instance.STATE_FROZEN),
+        InstanceLoad(uid="i2", function="ocr", state=Instance.STATE_FAILED, state_reason="OUT_OF_MEMORY"),
+    )
+    clock.advance(9 * SECOND_NS)
+    fleet.check_silence()
+    listed = (await servicer.ListFleetInstances(ListFleetInstancesRequest(), None)).instances
+    assert [one.state for one in listed] == [Instance.STATE_FROZEN, Instance.STATE_FAILED], "it may only be slow"
+    clock.advance(2 * SECOND_NS)
+    fleet.check_silence()
+    lost, failed = (await servicer.ListFleetInstances(ListFleetInstancesRequest(), None)).instances
+    assert (lost.state, lost.state_reason) == (Instance.STATE_UNKNOWN, "NODE_LOST")
+    assert lost.state_message == "it was FROZEN when n1 was last heard"
+    assert time_from_proto(lost.state_time) == heard
+    assert (failed.state, failed.state_reason) == (Instance.STATE_FAILED, "OUT_OF_MEMORY"), "that is over anyway"
+
+
+async def test_nodes_are_in_the_order_of_their_numbers_and_a_silent_one_is_expected() -> None:
+    fleet = Fleet(FakeClock(), lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    fleet.expect("gpu-10")
+    for name in ("gpu-2", "gpu-1"):
+        report(fleet, name, InstanceLoad(uid=f"i-{name}", function="ocr", state=Instance.STATE_RUNNING))
+    report(fleet, "gpu-11", InstanceLoad(uid="i-gpu-11", function="ocr", state=Instance.STATE_RUNNING))
+    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None))
+    nodes = (await servicer.ListNodes(ListNodesRequest(), None)).nodes
+    assert [(one.name, Node.State.Name(one.state)) for one in nodes] == [
+        ("gpu-1", "STATE_READY"),
+        ("gpu-2", "STATE_READY"),
+        ("gpu-10", "STATE_EXPECTED"),
+        ("gpu-11", "STATE_READY"),
+    ]
+    listed = (await servicer.ListFleetInstances(ListFleetInstancesRequest(), None)).instances
+    assert [one.node for one in listed] == ["gpu-1", "gpu-2", "gpu-11"]
