@@ -28,6 +28,15 @@ def test_the_line_of_a_known_driver_is_found() -> None:
     assert line.at(2.0) == pytest.approx(0.52)
 
 
+def test_one_slow_run_does_not_turn_the_line() -> None:
+    points = [(gb, 0.1 + gb) for gb in (1.0, 1.0, 1.0, 3.0, 3.0, 3.0)]
+    line = fit_line([*points, (3.0, 30.0)])
+    assert line is not None
+    assert (line.n, line.sizes) == (7, 2)
+    assert line.s_per_gb == pytest.approx(1.0)
+    assert line.worst_residual_s == pytest.approx(26.9)
+
+
 def test_noise_shows_as_a_residual() -> None:
     line = fit_line([(1.0, 1.0), (2.0, 2.0), (3.0, 6.0)])
     assert line is not None
