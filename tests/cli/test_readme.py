@@ -78,7 +78,7 @@ def test_a_planted_error_in_a_file_is_found(text: str, tmp_path: Path) -> None:
 
 
 def test_the_s_yaml_of_functions_is_taken_without_a_warning(tmp_path: Path) -> None:
-    (block,) = _blocks(DOCS / "functions.md", "yaml")
+    block = _blocks(DOCS / "functions.md", "yaml")[0]
     (tmp_path / "s.yaml").write_text(block)
     (deployment,) = load_s_yaml(tmp_path / "s.yaml")
     assert deployment.warnings == ()
@@ -100,6 +100,13 @@ def test_the_first_function_of_the_readme_is_taken_without_a_warning(
     assert deployment.function.image == "host"
     assert deployment.function.entrypoint == (f"{ROOT}/.venv/bin/python", "-m", "agent.examples.echo")
     assert deployment.function.hooks.initializer is not None
+
+
+@pytest.mark.parametrize("word", ["CU", "qualifier", "lease", "window", "pack"])
+def test_a_word_of_ours_is_explained(word: str) -> None:
+    """Commands and pages use it; the README links to the glossary."""
+    assert re.search(rf"^\| (\w+, )*{word}(, \w+)* \|", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+    assert "(agent/docs/glossary.md)" in (ROOT / "README.md").read_text()
 
 
 def test_every_command_they_name_exists_and_none_is_left_out() -> None:

@@ -83,7 +83,7 @@ class Walk:
 
     async def listed(self) -> dict[str, Any]:
         """The function in `provision list`, {} if it is missing."""
-        done = await self.run("provision", "list")
+        done = await self.run("provision", "list", "--output", "yaml")
         assert done.returncode == 0, done.stderr
         shown = yaml.safe_load(done.stdout) or {}
         return dict(shown[NAME][0]) if shown else {}

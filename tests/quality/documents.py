@@ -150,8 +150,8 @@ def _wrong_in(name: str, text: str, tree: Tree) -> Iterator[tuple[int, str, str]
 
 def _missing(hit: re.Match[str], here: list[str], tree: Tree) -> Iterator[tuple[int, str, str]]:
     mention = hit[0].rstrip(".,-<{/")
-    if ".." in mention or "{}" in mention:
-        return  # `tests/...`, or a format string
+    if ".." in mention or "{}" in mention or mention.startswith("}"):
+        return  # `tests/...`, a format string, or `${env('PWD')}/...`
     path = re.sub(r"<[^<>/]*>", "*", mention)
     if any(tree.find(one, here) is None and tree.find(f"{one}.py", here) is None for one in _alternatives(path)):
         yield hit.start(), mention, "not in the repository"
