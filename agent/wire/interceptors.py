@@ -7,7 +7,7 @@ every later failure is answered through `status.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
@@ -90,9 +90,8 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
 
         async def answer_many(request: Any, context: CallContext) -> None:
             async def body() -> None:
-                if both_ways:
-                    await context.send_initial_metadata(((ACCEPTED, "1"),))
-                await _write_all(behaviour(decode(request), context), context)
+                messages = _Accepting(request, context) if both_ways else decode(request)
+                await _write_all(behaviour(messages, context), context)
 
             await self._run(method, context, body, endless)
 
@@ -142,6 +141,25 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         _log.error("grpc.call_failed", method=method, error=type(error).__name__, exc_info=error)
         # A plain HibernodeError, of no subclass, is sent as INTERNAL.
         return HibernodeError("INTERNAL", "the daemon failed unexpectedly; its log says how")
+
+
+class _Accepting:
+    """The messages of a bidirectional stream. The servicer accepts the stream by asking for the first one: a refusal
+    before that reaches the caller before it sends."""
+
+    def __init__(self, messages: AsyncIterator[Any], context: CallContext) -> None:
+        self._messages = messages
+        self._context = context
+        self._accepted = False
+
+    def __aiter__(self) -> _Accepting:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._accepted:
+            self._accepted = True
+            await self._context.send_initial_metadata(((ACCEPTED, "1"),))
+        return await anext(self._messages)
 
 
 def _unchanged(request: Any) -> Any:
