@@ -7,7 +7,7 @@ every later failure is answered through `status.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
@@ -50,11 +50,6 @@ class CallContext(Protocol):
     async def send_initial_metadata(self, initial_metadata: tuple[tuple[str, str], ...]) -> None: ...
 
 
-async def accept_stream(context: CallContext) -> None:
-    """Let the caller of a bidirectional stream send. The method calls it once it refuses no more without reading."""
-    await context.send_initial_metadata(((ACCEPTED, "1"),))
-
-
 class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Authenticates the caller, limits a call without a deadline, and translates errors.
 
@@ -94,7 +89,11 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return await self._run(method, context, lambda: behaviour(decode(request), context), endless)
 
         async def answer_many(request: Any, context: CallContext) -> None:
-            await self._run(method, context, lambda: _write_all(behaviour(decode(request), context), context), endless)
+            async def body() -> None:
+                messages = _Accepting(request, context) if both_ways else decode(request)
+                await _write_all(behaviour(messages, context), context)
+
+            await self._run(method, context, body, endless)
 
         make, wrapped = _same_kind(handler, answer_one, answer_many)
         return make(wrapped, grpc_decode, handler.response_serializer)
@@ -142,6 +141,25 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         _log.error("grpc.call_failed", method=method, error=type(error).__name__, exc_info=error)
         # A plain HibernodeError, of no subclass, is sent as INTERNAL.
         return HibernodeError("INTERNAL", "the daemon failed unexpectedly; its log says how")
+
+
+class _Accepting:
+    """The messages of a bidirectional stream. The servicer accepts the stream by asking for the first one: a refusal
+    before that reaches the caller before it sends."""
+
+    def __init__(self, messages: AsyncIterator[Any], context: CallContext) -> None:
+        self._messages = messages
+        self._context = context
+        self._accepted = False
+
+    def __aiter__(self) -> _Accepting:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._accepted:
+            self._accepted = True
+            await self._context.send_initial_metadata(((ACCEPTED, "1"),))
+        return await anext(self._messages)
 
 
 def _unchanged(request: Any) -> Any:

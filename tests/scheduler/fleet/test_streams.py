@@ -74,9 +74,9 @@ async def test_a_node_cannot_take_all_streams_and_an_old_one_does_not_count() ->
             streams.append(channel.report_load())
             await streams[-1].send(hello())
             await answered(streams[-1])
-        one_too_many = channel.report_load()
-        with pytest.raises(ExhaustedError, match="load streams already"):
-            await one_too_many.send(hello())
+        for _ in range(20):
+            with pytest.raises(ExhaustedError):
+                await channel.report_load().send(hello())
         await streams[0].send(hello(2))
         assert isinstance(await ended_with(streams[0]), PreconditionError), "superseded"
         await streams[-1].send(hello(2))
