@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import cast
 
 from agent.api.instance_exec import exec_instance
 from agent.api.instance_logs import InstanceLogs
@@ -27,6 +28,7 @@ from agent.wire.convert_enums import stop_cause_from_proto
 from agent.wire.convert_function import function_from_proto
 from agent.wire.convert_snapshot import instance_to_proto
 from agent.wire.convert_time import time_from_proto, time_to_proto
+from agent.wire.interceptors import CallContext, accept_stream
 from agent.wire.tokens import caller
 
 DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
@@ -161,6 +163,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     ) -> AsyncIterator[pb.ExecInstanceResponse]:
         """Runs a command inside an awake instance, which stays awake until the command has ended."""
         self._require_ready()
+        await accept_stream(cast(CallContext, context))
         async with aclosing(exec_instance(self._execs, request_iterator, caller().name)) as answers:
             async for answer in answers:
                 yield answer

@@ -19,7 +19,7 @@ from agent.wire.addresses import peer_host
 from agent.wire.convert_enums import scheduling_from_proto, scheduling_to_proto
 from agent.wire.convert_load import instance_of_load
 from agent.wire.convert_time import time_to_proto
-from agent.wire.interceptors import CallContext
+from agent.wire.interceptors import CallContext, accept_stream
 from agent.wire.tokens import calling_node
 
 MAX_STREAMS = 4
@@ -55,6 +55,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._open[node] += 1
         stream = self._fleet.stream_opened(node, peer_host(context.peer()))
         try:
+            await accept_stream(context)
             await self._receive_all(node, stream, request_iterator, context)
         except TimeoutError:
             text = f"no message for {self._silence_s:g} s; open the load stream again"

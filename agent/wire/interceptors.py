@@ -50,6 +50,11 @@ class CallContext(Protocol):
     async def send_initial_metadata(self, initial_metadata: tuple[tuple[str, str], ...]) -> None: ...
 
 
+async def accept_stream(context: CallContext) -> None:
+    """Let the caller of a bidirectional stream send. The method calls it once it refuses no more without reading."""
+    await context.send_initial_metadata(((ACCEPTED, "1"),))
+
+
 class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Authenticates the caller, limits a call without a deadline, and translates errors.
 
@@ -89,12 +94,7 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return await self._run(method, context, lambda: behaviour(decode(request), context), endless)
 
         async def answer_many(request: Any, context: CallContext) -> None:
-            async def body() -> None:
-                if both_ways:
-                    await context.send_initial_metadata(((ACCEPTED, "1"),))
-                await _write_all(behaviour(decode(request), context), context)
-
-            await self._run(method, context, body, endless)
+            await self._run(method, context, lambda: _write_all(behaviour(decode(request), context), context), endless)
 
         make, wrapped = _same_kind(handler, answer_one, answer_many)
         return make(wrapped, grpc_decode, handler.response_serializer)

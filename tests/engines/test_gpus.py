@@ -40,7 +40,8 @@ try:
     writable = True
 except OSError:
     writable = False
-print(count.value, sorted(os.listdir(folder)), writable, os.getuid(), os.environ["NVIDIA_VISIBLE_DEVICES"], flush=True)
+names = os.environ["NVIDIA_VISIBLE_DEVICES"], os.environ["CUDA_VISIBLE_DEVICES"]
+print(count.value, sorted(os.listdir(folder)), writable, os.getuid(), *names, flush=True)
 time.sleep(86399)
 """
 
@@ -48,8 +49,8 @@ time.sleep(86399)
 class GpuWorld(EngineWorld):
     """The runtime on a real engine, with GPUs attached by method `gpu`."""
 
-    def __init__(self, engine: Engine, gpu: GpuSettings) -> None:
-        self._gpu = gpu
+    def __init__(self, engine: Engine, gpu: GpuSettings, nvidia: EmulatedNvidia) -> None:
+        self._gpu, self._nvidia = gpu, nvidia
         super().__init__(engine)
 
     def _new_runtime(self) -> EngineRuntime:
@@ -76,7 +77,14 @@ class GpuWorld(EngineWorld):
             container=ContainerOptions(user=user, read_only_root=True),
         )
         spec = InstanceSpec("vision-1", "vision/1/1", function)
-        return StartSpec(spec, self._gpu.mounts.environment, gpus, all_gpus=all_gpus)
+        numbers = {gpu.uuid: number for number, gpu in enumerate(self._nvidia.control.devices())}
+        return StartSpec(
+            spec,
+            self._gpu.mounts.environment,
+            gpus,
+            all_gpus=all_gpus,
+            gpu_numbers=tuple(numbers[gpu] for gpu in gpus),
+        )
 
     async def said(self, handle: Handle) -> str:
         await self.until_said(handle, b"\n")
@@ -112,7 +120,8 @@ def cdi(nvidia: EmulatedNvidia) -> Iterator[Path]:
 async def world(engine: Engine, request: pytest.FixtureRequest) -> AsyncIterator[GpuWorld]:
     """With the settings of the test's parameter."""
     images.load(engine, images.ECHO)
-    made = GpuWorld(engine, request.param(request.getfixturevalue("nvidia")))
+    nvidia = request.getfixturevalue("nvidia")
+    made = GpuWorld(engine, request.param(nvidia), nvidia)
     yield made
     await made.close()
 
@@ -132,19 +141,22 @@ async def test_by_mounts(world: GpuWorld, nvidia: EmulatedNvidia, user: str) -> 
     gpu = nvidia.control.devices()[1].uuid
     handle = await world.runtime.start(world.cuda((gpu,), user))
     uid = user.partition(":")[0] or "0"
-    assert await world.said(handle) == f"1 ['driver.sock', 'lib'] False {uid} void"
+    assert await world.said(handle) == f"1 ['driver.sock', 'lib'] False {uid} void 1"
     assert set(vram(nvidia)[handle.process.pid]) == {gpu}  # with its host pid, on its own GPU
     await end(world, handle)
 
 
 @pytest.mark.parametrize("world", [lambda _nvidia: GpuSettings(attach="auto")], indirect=True, ids=["auto"])
-async def test_by_cdi(world: GpuWorld, nvidia: EmulatedNvidia, cdi: Path) -> None:
-    """Podman 4.3 through its own API. A Docker without CDI would need its NVIDIA runtime, which no test host has."""
+@pytest.mark.parametrize(("all_gpus", "number"), [(False, 0), (True, 1)], ids=["own GPU only", "all GPUs"])
+async def test_by_cdi(world: GpuWorld, nvidia: EmulatedNvidia, cdi: Path, all_gpus: bool, number: int) -> None:
+    """On the second GPU, which is number 0 to a container that has only this one.
+
+    Podman 4.3 through its own API. A Docker without CDI would need its NVIDIA runtime, which no test host has."""
     gpu = nvidia.control.devices()[1].uuid
     if world.engine.kind == "docker" and not world.engine.must("GET", "/info").get("CDISpecDirs"):
         pytest.skip("this Docker has no CDI")
-    handle = await world.runtime.start(world.cuda((gpu,)))
-    assert await world.said(handle) == "1 ['driver.sock', 'lib'] False 0 void"
+    handle = await world.runtime.start(world.cuda((gpu,), all_gpus=all_gpus))
+    assert await world.said(handle) == f"1 ['driver.sock', 'lib'] False 0 void {number}"
     assert set(vram(nvidia)[handle.process.pid]) == {gpu}
     shown = world.engine.container("vision-1")
     assert shown["HostConfig"]["Memory"] == 256 * MIB

@@ -22,6 +22,7 @@ from agent.v1 import node_service_pb2 as node
 from agent.v1 import node_service_pb2_grpc as node_grpc
 from agent.v1 import types_pb2
 from agent.wire.convert_function import function_from_proto, function_to_proto
+from agent.wire.interceptors import accept_stream
 from tests.fakes.exec_story import exec_story
 from tests.fakes.fleet_story import CREATED, ENDED, GIB, INSTANCES, NODE, State, instance, page
 
@@ -131,6 +132,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
     async def ExecInstance(
         self, request_iterator: AsyncIterator[inst.ExecInstanceRequest], context: Any
     ) -> AsyncIterator[inst.ExecInstanceResponse]:
+        await accept_stream(context)
         async for answer in exec_story(request_iterator, self._enter):
             yield answer
 

@@ -14,7 +14,7 @@ from .conftest import ROOT
 
 SHELL_FILES = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
 COMMANDS = [path for path in SHELL_FILES if path.suffix != ".sh"]
-EXPECTED = {"demo", "test", "bench", "check", "gen-protos", "install"}
+EXPECTED = {"demo", "test", "bench", "check", "gen-protos", "gpu-proof", "install"}
 
 
 def test_all_commands_exist() -> None:

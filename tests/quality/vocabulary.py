@@ -19,7 +19,7 @@ _COMPOUND = re.compile(r"[A-Z][A-Z0-9]*(_([A-Z0-9]+|<>))+|<>(_[A-Z0-9]+)+")
 _LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
 _LOG = re.compile(r"(.*\.)?_?log(ger)?|(.*\.)?get_logger\(\)")
 _EVENTS = re.compile(r"(.*\.)?_?events")
-_REASON_AT = {"HttpError": 2, "CudaReply": 2, "Refused": 1, "RejectedWindow": 1, "Verdict": 1, "_fail": 1}
+_REASON_AT = {"HttpError": 2, "CudaReply": 2, "Refused": 1, "Result": 1, "RejectedWindow": 1, "Verdict": 1, "_fail": 1}
 """Which argument of a call is a reason, where it is not the first."""
 _TAKES_REASON = {"refused", "broken", "fail", "RefuseWaiters", "Unplaceable", "_refusal", "_not_begun", *_REASON_AT}
 """Calls that pass a reason on, beside the constructors of errors."""

@@ -14,6 +14,7 @@ from agent.core.errors import NotFoundError, PreconditionError
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, scheduler_service_pb2, scheduler_service_pb2_grpc, types_pb2
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
+from agent.wire.interceptors import accept_stream
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable, caller, calling_node
 
@@ -76,6 +77,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: AsyncIterator[ReportLoadRequest], context: Any
     ) -> AsyncIterator[ReportLoadResponse]:
         node = calling_node()
+        await accept_stream(context)
         async for report in request_iterator:
             if report.epoch == 0:
                 raise PreconditionError("EPOCH_STALE", "a newer run of this agent has reported; stop this one")

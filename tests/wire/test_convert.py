@@ -11,8 +11,20 @@ from hypothesis import strategies as st
 from agent.core.billing.window import UsageWindow
 from agent.core.dispatch.events import InstanceReported, NodeReported
 from agent.core.errors import InvalidArgumentError
-from agent.core.types import DispatchPolicy, FunctionSpec, Gpu, HealthCheck, Hook, Hooks, IdleMode, InstanceState
+from agent.core.types import (
+    DispatchPolicy,
+    FunctionSpec,
+    Gpu,
+    HealthCheck,
+    Hook,
+    Hooks,
+    IdleMode,
+    InstanceState,
+    StopCause,
+    VisibleDevices,
+)
 from agent.v1 import types_pb2
+from agent.v1.instance_service_pb2 import StopInstanceRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
 from agent.wire.convert_enums import (
     dispatch_from_proto,
@@ -21,6 +33,10 @@ from agent.wire.convert_enums import (
     idle_mode_to_proto,
     state_from_proto,
     state_to_proto,
+    stop_cause_from_proto,
+    stop_cause_to_proto,
+    visible_devices_from_proto,
+    visible_devices_to_proto,
 )
 from agent.wire.convert_function import function_from_proto, function_to_proto
 from agent.wire.convert_load import (
@@ -120,8 +136,17 @@ def test_every_enum_value_has_its_counterpart() -> None:
     assert [idle_mode_from_proto(idle_mode_to_proto(m), IdleMode.NEVER) for m in IdleMode] == list(IdleMode)
     policies = [dispatch_from_proto(dispatch_to_proto(p), DispatchPolicy.SPREAD) for p in DispatchPolicy]
     assert policies == list(DispatchPolicy)
-    for enum, count in ((types_pb2.Instance.State, 9), (types_pb2.IdlePolicy.Mode, 3)):
-        assert len(enum.values()) == count + 1
+    assert [stop_cause_from_proto(stop_cause_to_proto(cause)) for cause in StopCause] == list(StopCause)
+    assert len(StopInstanceRequest.Cause.values()) == len(StopCause)
+    names = [visible_devices_from_proto(visible_devices_to_proto(one)) for one in VisibleDevices]
+    assert names == list(VisibleDevices)
+    # UNSPECIFIED of each, and UNKNOWN: the scheduler says it of a lost node's instances.
+    for enum, members, more in (
+        (types_pb2.Instance.State, InstanceState, 2),
+        (types_pb2.IdlePolicy.Mode, IdleMode, 1),
+        (types_pb2.GpuRequirement.VisibleDevices, VisibleDevices, 1),
+    ):
+        assert len(enum.values()) == len(members) + more
 
 
 def test_enum_names_match_cores() -> None:

@@ -87,10 +87,10 @@ async def _interruptible(work: Any) -> int | None:
 
 async def _demo(timeline: Timeline, options: DemoOptions) -> int:
     from agent.cli.demo.gpus import EmulatedGpus
-    from agent.cli.demo.scenario import MODULES, QUICK, Pace, Scenario
+    from agent.cli.demo.scenario import PROGRAM, QUICK, Pace, Scenario
     from agent.cli.demo.world import demo_world
 
-    async with demo_world(options.state_dir, EmulatedGpus, MODULES, timeline.step) as world:
+    async with demo_world(options.state_dir, EmulatedGpus, PROGRAM, timeline.step) as world:
         node = await _describe_node(world, timeline)
         scenario = Scenario(world, timeline, QUICK if options.quick else Pace(), flip_byte=options.flip_byte)
         await scenario.run()

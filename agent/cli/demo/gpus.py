@@ -12,6 +12,7 @@ from agent.cli.demo.processes import DemoProcesses
 GPUS, GPU_GIB, GPU_MODEL, PROFILE = 2, 16, "L20", "580"
 INSTANCES_PER_GPU = 2
 BUILD_S = 120.0
+DEV = Path("/dev")
 
 
 class WorldGpus(Protocol):
@@ -83,7 +84,14 @@ class HostGpus:
         return _mounts(seen)
 
     def needs(self) -> list[str]:
-        return []
+        from agent.emulated.env import SOCKET_VARIABLE
+
+        devices = [*DEV.glob("nvidia[0-9]*"), DEV / "nvidiactl", DEV / "nvidia-uvm"]
+        libraries = [
+            Path(folder) / "libcuda.so.1" for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder
+        ]
+        found = [str(path) for path in (*devices, *libraries) if path.exists()]
+        return [*found, *filter(None, [os.environ.get(SOCKET_VARIABLE)])]
 
 
 def _mounts(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from agent.cli.demo.files import Sample, pick_samples
 from agent.cli.demo.function import SETTLE_S, WorldFunction
 from agent.cli.demo.processes import comes_true
 from agent.cli.demo.timeline import Timeline
-from agent.cli.demo.world import CALL_S, DemoWorld
+from agent.cli.demo.world import CALL_S, DemoWorld, WorldProgram
 from agent.core.errors import DeadlineError
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.convert_time import time_from_proto
 
 FUNCTION = "filetype"
-MODULES = ("agent.examples.http_app", "magika.types")
-"""What the example imports."""
+PROGRAM = WorldProgram(sys.executable, ("agent.examples.http_app", "magika.types"))
 INSTANCES = 3
 SAMPLES = 24
 FREEZE_AFTER = "800ms"

@@ -14,10 +14,10 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,23 @@ sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[2:]))
 """
 
 
+@dataclass(frozen=True, slots=True)
+class WorldProgram:
+    """What the function's instances run: the Python, the modules that it imports, and variables for it. The instances'
+    account must be able to."""
+
+    python: str
+    modules: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 class DemoWorld:
     """The demo's processes and folder; `demo_world` starts and ends it."""
 
-    def __init__(self, home: Path, gpus: WorldGpus, modules: Sequence[str], print_step: PrintStep) -> None:
-        """`modules`: what the function's program imports; it decides about the instances' account."""
+    def __init__(self, home: Path, gpus: WorldGpus, program: WorldProgram, print_step: PrintStep) -> None:
         self.home = home
         self._gpus = gpus
-        self._modules = modules
+        self._program = program
         self.processes = DemoProcesses(home / "logs")
         self.user = ""
         self.gateway = ""
@@ -130,7 +139,8 @@ class DemoWorld:
             return ""
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-c", _MAY_RUN, ",".join(self._modules), *self._gpus.needs()],
+                [self._program.python, "-P", "-c", _MAY_RUN, ",".join(self._program.modules), *self._gpus.needs()],
+                env={**os.environ, **self._program.environment},
                 user=UNPRIVILEGED_USER,
                 group=_group_of(UNPRIVILEGED_USER),
                 extra_groups=[],
@@ -238,11 +248,11 @@ def _group_of(user: str) -> int:
 
 @asynccontextmanager
 async def demo_world(
-    state_dir: Path | None, gpus_in: Callable[[Path], WorldGpus], modules: Sequence[str], print_step: PrintStep
+    state_dir: Path | None, gpus_in: Callable[[Path], WorldGpus], program: WorldProgram, print_step: PrintStep
 ) -> AsyncIterator[DemoWorld]:
     """Starts a world; `gpus_in` gets its folder. At the end all is stopped, and a temporary folder is removed."""
     home = _prepare(state_dir)
-    world = DemoWorld(home, gpus_in(home), modules, print_step)
+    world = DemoWorld(home, gpus_in(home), program, print_step)
     world.processes.start_guard(home, remove=state_dir is None)
     try:
         try:

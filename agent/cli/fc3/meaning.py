@@ -15,7 +15,7 @@ from agent.core.function_rules import HOST_IMAGE
 from agent.core.instance_variables import LISTEN_PORT
 
 REFUSED = "is for images only, not for `image: host`"
-_BILLED = "limits nothing with `image: host`; it is only billed"
+_BILLED = "limits nothing with `image: host`: it is billed"
 _NO_COMMAND = "is not run: only HTTP hooks with a handler are called"
 
 
@@ -102,7 +102,7 @@ MEANING: dict[str, Meaning] = {
     "customContainerConfig.port": Meaning(
         host=f"has no effect with `image: host`: each instance listens on a port of its own, ${LISTEN_PORT}"
     ),
-    "cpu": Meaning(host=f"{_BILLED}, and CPUUtilization relates to it"),
+    "cpu": Meaning(host=f"{_BILLED}, and CPUUtilization is relative to it"),
     "memorySize": Meaning(host=f"{_BILLED}, and counts when a node is chosen"),
     "diskSize": Meaning(host=_BILLED),
 }

@@ -73,7 +73,7 @@ def size_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def fit_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The fixed cost and the cost a GB of a freeze and of a wake, by checkpointer, through all counted runs."""
+    """The fixed cost and the cost a GB of a freeze and of a wake, by checkpointer, from all counted runs."""
     rows = []
     runs = [(report["size_bytes"] / GB, run) for report in reports for run in report["runs"] if run["counted"]]
     for name in dict.fromkeys(run["checkpointer"] for _, run in runs):

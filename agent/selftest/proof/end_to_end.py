@@ -22,7 +22,7 @@ from agent.cli.demo.function import WorldFunction
 from agent.cli.demo.gpus import HostGpus
 from agent.cli.demo.report import DemoReport, UsageQuery, collect_usage, union_ns
 from agent.cli.demo.timeline import Timeline
-from agent.cli.demo.world import DemoWorld, demo_world
+from agent.cli.demo.world import DemoWorld, WorldProgram, demo_world
 from agent.core.errors import HibernodeError
 from agent.core.types import MIB
 from agent.examples.echo.__main__ import expected_answer
@@ -45,20 +45,24 @@ END_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What the function runs. `oracle`: the answer for each input; None: what it answers before any freeze."""
+    """What the function runs: the first module, which imports the others.
+
+    `oracle`: the answer for each input; None: what it answers before any freeze."""
 
     name: str
-    entrypoint: tuple[str, ...]
+    python: str
+    modules: tuple[str, ...]
     oracle: Callable[[int], str] | None
 
 
 def choose_program(torch_python: str, torch_version: str) -> Program:
     """PyTorch if a Python has it, else the CUDA driver API through ctypes."""
     if torch_python:
-        entrypoint = (torch_python, "-P", "-m", "agent.examples.torch_mlp")
-        return Program(f"PyTorch {torch_version}: a perceptron in half precision", entrypoint, None)
-    entrypoint = (sys.executable, "-P", "-m", "agent.examples.echo")
-    return Program("the CUDA driver API, through ctypes", entrypoint, expected_answer)
+        name = f"a perceptron in half precision, PyTorch {torch_version}"
+        return Program(name, torch_python, ("agent.examples.torch_mlp", "torch"), None)
+    return Program(
+        "echo, on the CUDA driver API through ctypes", sys.executable, ("agent.examples.echo",), expected_answer
+    )
 
 
 @dataclass(slots=True)
@@ -131,7 +135,12 @@ async def _prove(stack: AsyncExitStack, options: argparse.Namespace) -> dict[str
     program = choose_program(options.torch_python, options.torch_version)
     timeline = Timeline(sys.stderr)
     world = await stack.enter_async_context(
-        demo_world(None, lambda _home: HostGpus(), ("agent.examples.http_app",), timeline.step)
+        demo_world(
+            None,
+            lambda _home: HostGpus(),
+            WorldProgram(program.python, program.modules, {"PYTHONPATH": str(CHECKOUT)}),
+            timeline.step,
+        )
     )
     async with world.agent() as agent, world.scheduler() as scheduler:
         function = WorldFunction(world, FUNCTION, agent, scheduler)
@@ -239,8 +248,7 @@ resources:
       memorySize: 4096
       timeout: 60
       instanceConcurrency: {BURST}
-      gpuConfig: {{gpuType: fc.gpu.ada.1, gpuMemorySize: {max(1024, vram_mib)}}}
-      customContainerConfig: {{image: host, entrypoint: {json.dumps(program.entrypoint)}}}
+      customContainerConfig: {{image: host, entrypoint: {json.dumps([program.python, "-P", "-m", program.modules[0]])}}}
       environmentVariables:
         PYTHONPATH: {json.dumps(str(CHECKOUT))}
         PYTHONDONTWRITEBYTECODE: "1"
@@ -251,7 +259,7 @@ resources:
       provisionConfig: {{defaultTarget: 1, alwaysAllocateGPU: false}}
       triggers:
         - {{triggerName: http, triggerType: http, triggerConfig: {{authType: anonymous}}}}
-      hibernode: {{freezeAfter: {FREEZE_AFTER}}}
+      hibernode: {{gpus: 1, freezeAfter: {FREEZE_AFTER}}}
 """
 
 

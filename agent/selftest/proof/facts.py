@@ -148,12 +148,12 @@ def find_torch() -> dict[str, Any]:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            problem = f"{program}: {error}"
+            problem = f"{os.path.basename(program)}: {type(error).__name__}"
             continue
         if done.returncode == 0 and done.stdout.startswith("torch "):
             _, version, cuda = done.stdout.split()[:3]
             return {"python": program, "version": version, "cuda": cuda, "problem": None}
-        problem = f"{program}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
+        problem = f"{os.path.basename(program)}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
     return {"python": None, "version": None, "cuda": None, "problem": problem}
 
 

@@ -25,9 +25,10 @@ def figure_of(values: Iterable[float]) -> dict[str, float | int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The least-squares line through `n` points (10^9 bytes, seconds): a fixed cost and a cost for each GB.
+    """The line through `n` points (10^9 bytes, seconds): a fixed cost and a cost for each GB.
 
-    `sizes`: how many different sizes there are. `worst_residual_s`: the largest distance of a point from the line."""
+    Least squares through the median of each of the `sizes`, so that one slow run does not turn the line.
+    `worst_residual_s`: the largest distance of any point from it."""
 
     n: int
     sizes: int
@@ -46,9 +47,12 @@ class Line:
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line | None:
     """None with fewer than two different sizes, through which there is no one line."""
-    sizes = {gb for gb, _ in points}
-    if len(sizes) < 2:
+    of_size: dict[float, list[float]] = {}
+    for gb, seconds in points:
+        of_size.setdefault(gb, []).append(seconds)
+    if len(of_size) < 2:
         return None
-    slope, intercept = statistics.linear_regression([gb for gb, _ in points], [s for _, s in points])
+    medians = [statistics.median(of_size[gb]) for gb in of_size]
+    slope, intercept = statistics.linear_regression(list(of_size), medians)
     worst = max(abs(s - intercept - slope * gb) for gb, s in points)
-    return Line(len(points), len(sizes), intercept, slope, worst)
+    return Line(len(points), len(of_size), intercept, slope, worst)

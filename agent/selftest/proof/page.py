@@ -169,7 +169,7 @@ def _cycles(cycles: Mapping[str, Any]) -> Iterator[str]:
     yield _table(("", "all", "first", "last", "last / first"), rows)
     grown = cycles["growth_bytes"]
     if grown:
-        words = ", ".join(f"{name} {grown[name] / MIB:+.1f} MiB" for name in ("gpu", "program", "agent"))
+        words = ", ".join(f"{name} {grown[name] / MIB + 0.0:+.1f} MiB" for name in ("gpu", "program", "agent"))
         yield f"Memory from the first to the last cycles (medians): {words}."
 
 

@@ -154,8 +154,7 @@ class Steps:
     def _selftest(self, wanted_bytes: int, allowed_s: float) -> Result:
         size = self._fitting(wanted_bytes)
         if not size:
-            room = max(0, self._room_bytes()) / GIB
-            return Result(NOT_RUN, "NO_ROOM", f"GPU and host memory have room for {room:.2f} GiB")
+            return self._no_room()
         runs = RUNS if size <= LARGE else LARGE_RUNS
         against, without = self.known.against, ""
         least = predict_s(self.known.measured, size, 4 if against else 2)  # a warm-up and one run of each
@@ -183,7 +182,10 @@ class Steps:
 
     def _end_to_end(self, allowed_s: float) -> Result:
         torch = self.known.facts["torch"]
-        vram_mib = min(FUNCTION_MIB, max(self._options.sizes) // MIB)
+        fit, _ = choose_sizes(self._options.sizes, self._room_bytes())
+        if not fit:
+            return self._no_room()
+        vram_mib = min(FUNCTION_MIB, fit[-1] // MIB)
         arguments = ["--vram-mib", str(vram_mib), "--within-s", f"{allowed_s - END_S:.1f}"]
         if torch["python"]:
             arguments += ["--torch-python", torch["python"], "--torch-version", torch["version"]]
@@ -221,6 +223,10 @@ class Steps:
             return wanted_bytes
         smaller = [size for size in fit if size not in self._options.sizes]
         return smaller[0] if smaller and wanted_bytes == rest[0] else 0
+
+    def _no_room(self) -> Result:
+        room = max(0, self._room_bytes()) / GIB
+        return Result(NOT_RUN, "NO_ROOM", f"GPU and host memory have room for {room:.2f} GiB")
 
     def _room_bytes(self) -> int:
         """GPU memory without a context, or host memory without its reserve, whichever is less."""

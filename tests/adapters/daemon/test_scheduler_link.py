@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -20,6 +21,7 @@ from agent.v1 import scheduler_service_pb2_grpc, usage_service_pb2, usage_servic
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Instance
 from agent.wire.clients import DaemonChannel
+from agent.wire.interceptors import accept_stream
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
@@ -44,8 +46,9 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
     nodes: set[str] = field(default_factory=set)
 
     async def ReportLoad(  # noqa: N802
-        self, request_iterator: AsyncIterator[ReportLoadRequest], context: object
+        self, request_iterator: AsyncIterator[ReportLoadRequest], context: Any
     ) -> AsyncIterator[ReportLoadResponse]:
+        await accept_stream(context)
         async for message in request_iterator:
             async with self.news:
                 self.received.append(message)
