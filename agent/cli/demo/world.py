@@ -27,10 +27,12 @@ from agent.cli.daemon_locator import read_endpoints, read_token
 from agent.cli.demo.gpus import WorldGpus
 from agent.cli.demo.processes import DemoProcesses, comes_true
 from agent.core.errors import DeadlineError, HibernodeError, PreconditionError, UnavailableError
+from agent.wire.addresses import MAX_SOCKET_PATH_BYTES
 
 NODE = "demo-node"
 START_S, DELETE_S, CALL_S = 30.0, 25.0, 10.0
 UNPRIVILEGED_USER = "nobody"
+LONGEST_SOCKET = "emulated/control.sock"
 PrintStep = Callable[[str], None]
 
 _ANY = {"host": "127.0.0.1", "port": 0}
@@ -251,7 +253,7 @@ async def demo_world(
     state_dir: Path | None, gpus_in: Callable[[Path], WorldGpus], program: WorldProgram, print_step: PrintStep
 ) -> AsyncIterator[DemoWorld]:
     """Starts a world; `gpus_in` gets its folder. At the end all is stopped, and a temporary folder is removed."""
-    home = _prepare(state_dir)
+    home = prepare_home(state_dir)
     world = DemoWorld(home, gpus_in(home), program, print_step)
     world.processes.start_guard(home, remove=state_dir is None)
     try:
@@ -277,9 +279,12 @@ async def _uninterrupted(work: Any) -> None:
                 raise
 
 
-def _prepare(state_dir: Path | None) -> Path:
+def prepare_home(state_dir: Path | None) -> Path:
     """Prepares the folder; other users may traverse it to the driver's libraries. Raises PreconditionError."""
-    home = Path(tempfile.mkdtemp(prefix="hibernode-demo-")) if state_dir is None else state_dir.absolute()
+    home = _temporary_home() if state_dir is None else state_dir.absolute()
+    if not _is_short(home):
+        text = f"{home} is too long for the sockets in it; choose a shorter --state-dir"
+        raise PreconditionError("DEMO_DIR_UNUSABLE", text)
     try:
         home.mkdir(parents=True, exist_ok=True)
         if any((home / name / "endpoints.json").exists() for name in ("agent", "scheduler")):
@@ -298,6 +303,18 @@ def _prepare(state_dir: Path | None) -> Path:
             "DEMO_DIR_UNUSABLE", f"{error.filename}: {error.strerror}; choose another --state-dir"
         ) from error
     return home
+
+
+def _temporary_home() -> Path:
+    """A new folder in $TMPDIR; in /tmp where the sockets' paths would be too long for the kernel."""
+    prefix = "hibernode-demo-"
+    if _is_short(Path(tempfile.gettempdir(), f"{prefix}12345678")):
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    return Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+
+
+def _is_short(home: Path) -> bool:
+    return len(os.fsencode(home / LONGEST_SOCKET)) <= MAX_SOCKET_PATH_BYTES
 
 
 def _refuse_running(home: Path) -> None:

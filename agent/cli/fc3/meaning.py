@@ -75,7 +75,7 @@ MEANING: dict[str, Meaning] = {
                 f"hibernode.{key}"
                 for key in (
                     *("freezeAfter", "minAwake", "idle", "dispatch", "wakeFactor", "queueLength", "queueTimeout"),
-                    *("gpus", "nodeLabels"),
+                    *("gpus", "visibleDevices", "nodeLabels"),
                 )
             ),
         ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,9 @@ import pytest
 from agent.cli.demo import guard
 from agent.cli.demo.files import Sample, difference, pick_samples
 from agent.cli.demo.report import DemoReport, driver_times_ms, percentile, spread, union_ns
+from agent.cli.demo.world import LONGEST_SOCKET, prepare_home
+from agent.core.errors import PreconditionError
+from agent.wire.addresses import MAX_SOCKET_PATH_BYTES
 
 DEADLINE_S = 20.0
 
@@ -114,3 +119,29 @@ def test_the_guard_waits_while_the_demo_lives(tmp_path: Path) -> None:
     time.sleep(0.1)  # nothing happens, so there is no event to wait for
     assert guard.poll() is None
     guard.communicate(b"bye\n", timeout=DEADLINE_S)
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_temporary_folder_leaves_room_for_the_paths_of_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long $TMPDIR, such as a CI job's, makes no demo fail."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    home = prepare_home(None)
+    try:
+        assert len(os.fsencode(home / LONGEST_SOCKET)) <= MAX_SOCKET_PATH_BYTES
+        assert (home / "agent" / "token").exists()
+    finally:
+        shutil.rmtree(home)
+    assert not list(long.iterdir())
+
+
+def test_a_long_folder_that_was_asked_for_is_refused(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    with pytest.raises(PreconditionError, match="shorter --state-dir"):
+        prepare_home(long)
+    assert not long.exists()

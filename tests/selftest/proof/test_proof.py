@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 def driver() -> Iterator[EmulatedNvidia]:
     with emulated_nvidia("--gpus", "1", "--gib", "0.75", "--fixed-us", str(FIXED_US)) as running:
         yield running
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For results and temporary files. Its path is short, since the end-to-end step has sockets there."""
+    with tempfile.TemporaryDirectory(prefix="proof-", dir="/tmp") as name:
+        yield Path(name)
 
 
 def environment(driver: EmulatedNvidia, folder: Path) -> dict[str, str]:
@@ -89,11 +97,11 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_whole_proof_without_a_network(driver: EmulatedNvidia, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_whole_proof_without_a_network(driver: EmulatedNvidia, folder: Path) -> None:
+    out = folder / "out"
     done = subprocess.run(
         [*offline(), str(SCRIPT), "--out", str(out), *SMALL, "--budget", "100"],
-        env=environment(driver, tmp_path),
+        env=environment(driver, folder),
         cwd="/",
         capture_output=True,
         text=True,
@@ -122,7 +130,7 @@ def test_a_whole_proof_without_a_network(driver: EmulatedNvidia, tmp_path: Path)
     assert found["emulated"]
     assert (out / "proof.md").read_text().startswith("# EMULATED, no proof of hardware: 1 x Emulated T4")
     assert not done.stdout
-    assert_clean(driver, tmp_path)
+    assert_clean(driver, folder)
 
 
 def started(driver: EmulatedNvidia, folder: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -135,52 +143,52 @@ def started(driver: EmulatedNvidia, folder: Path, *options: str) -> subprocess.P
         )
 
 
-def test_an_interrupted_proof_writes_what_it_has(driver: EmulatedNvidia, tmp_path: Path) -> None:
-    process = started(driver, tmp_path)
-    until(lambda: b"selftest 0.0625 GiB: at most" in (tmp_path / "stderr").read_bytes())
+def test_an_interrupted_proof_writes_what_it_has(driver: EmulatedNvidia, folder: Path) -> None:
+    process = started(driver, folder)
+    until(lambda: b"selftest 0.0625 GiB: at most" in (folder / "stderr").read_bytes())
     until(driver.control.processes)
     process.send_signal(signal.SIGINT)
     assert process.wait(DEADLINE_S) == 1
-    found = read(tmp_path / "out")
+    found = read(folder / "out")
     outcomes = {step["name"]: (step["outcome"], step["reason"]) for step in found["steps"]}
     assert outcomes["selftest 0.015625 GiB"] == ("passed", "")
     assert outcomes["selftest 0.0625 GiB"] == outcomes["cycles"] == ("not run", "INTERRUPTED")
     assert found["figures"]["sizes"]
-    assert "INTERRUPTED" in (tmp_path / "out" / "proof.md").read_text()
-    assert_clean(driver, tmp_path)
+    assert "INTERRUPTED" in (folder / "out" / "proof.md").read_text()
+    assert_clean(driver, folder)
 
 
-def test_a_killed_proof_leaves_nothing_behind(driver: EmulatedNvidia, tmp_path: Path) -> None:
+def test_a_killed_proof_leaves_nothing_behind(driver: EmulatedNvidia, folder: Path) -> None:
     """While its function is up: scheduler, agent and instance end with it."""
-    process = started(driver, tmp_path)
-    until(lambda: b"deploying a function" in (tmp_path / "stderr").read_bytes())
+    process = started(driver, folder)
+    until(lambda: b"deploying a function" in (folder / "stderr").read_bytes())
     until(driver.control.processes)
     process.kill()
     process.wait(DEADLINE_S)
-    assert_clean(driver, tmp_path)
+    assert_clean(driver, folder)
 
 
-def test_a_changed_byte_is_the_exit_status(driver: EmulatedNvidia, tmp_path: Path) -> None:
+def test_a_changed_byte_is_the_exit_status(driver: EmulatedNvidia, folder: Path) -> None:
     driver.control.set_latency(bandwidth_bytes_s=SLOW)
     try:
-        process = started(driver, tmp_path, "--sizes", "0.015625", "--budget", "60")
+        process = started(driver, folder, "--sizes", "0.015625", "--budget", "60")
         until(lambda: [one for one in driver.control.processes() if one.state == "CHECKPOINTED"])
         driver.control.flip_byte(offset=4_000_000)
     finally:
         driver.control.set_latency(fixed_us=FIXED_US)
     assert process.wait(DEADLINE_S) == 6
-    found = read(tmp_path / "out")
+    found = read(folder / "out")
     assert found["outcome"] == "memory changed"
     assert ("memory changed", "MEMORY_CHANGED") in [(step["outcome"], step["reason"]) for step in found["steps"]]
-    assert "MUST NOT FREEZE" in (tmp_path / "out" / "proof.md").read_text().upper()
+    assert "MUST NOT FREEZE" in (folder / "out" / "proof.md").read_text().upper()
 
 
-def test_without_a_driver_every_step_says_why_it_did_not_run(driver: EmulatedNvidia, tmp_path: Path) -> None:
-    bare = {**environment(driver, tmp_path), "LD_LIBRARY_PATH": ""}
-    command = [str(SCRIPT), "--out", str(tmp_path / "out"), *SMALL]
+def test_without_a_driver_every_step_says_why_it_did_not_run(driver: EmulatedNvidia, folder: Path) -> None:
+    bare = {**environment(driver, folder), "LD_LIBRARY_PATH": ""}
+    command = [str(SCRIPT), "--out", str(folder / "out"), *SMALL]
     done = subprocess.run(command, env=bare, capture_output=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 1
-    outcomes = {step["name"]: step["reason"] for step in read(tmp_path / "out")["steps"]}
+    outcomes = {step["name"]: step["reason"] for step in read(folder / "out")["steps"]}
     assert outcomes["end to end"] == outcomes["cycles"] == "NO_GPU"
     assert outcomes["doctor"] == "CHECKS_FAILED"
 
