@@ -147,13 +147,13 @@ def record_of(data: bytes) -> InstanceRecord:
 
 
 def unreadable_record(uid: str, data: bytes) -> UnreadableRecord | None:
-    """None if the bytes are a record."""
+    """None if the bytes are a record. In a damaged file they may be a value of any type: TypeError."""
     try:
         _RECORD.decode(data)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         try:
             gpus = _REMNANT.decode(data).gpu_uuids
-        except ValueError:
+        except (ValueError, TypeError):
             gpus = ()
         return UnreadableRecord(uid, gpus, str(error))
     return None
