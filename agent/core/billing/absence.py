@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from agent.core.billing.window import UsageWindow
 
-
 NO_END_NS = (1 << 63) - 1
 
 

@@ -104,7 +104,8 @@ class Fleet:
         - `apply_event`: sends an event to the dispatcher. `changed`: called after a change that concerns provisioning.
         - `first_seen`: gets the name of a node at its first registration ever, to store it.
         - `note_absence`: is asked to make durable that a node is given up, with the absence in the boot in which it was
-          last heard, and to call `give_up` then; None gives it up at once. `returned` gets the absence once the node is back, None if it cannot be dated.
+          last heard, and to call `give_up` then; None gives it up at once. `returned` gets the absence
+          once the node is back, None if it cannot be dated.
         - `insecure`: accept addresses on other machines, although tokens travel there in clear text.
         """
         self._clock = clock
