@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import sqlalchemy as sa
 
@@ -52,15 +53,19 @@ class Absences:
     async def end(self, node: str, wall_ns: int, absence: Absence | None) -> None:
         """Note for how long the node was given up; None = it cannot be said, and nothing is left out of its bill."""
 
-        def write(connection: sa.Connection) -> None:
+        def write(connection: sa.Connection, absence: Absence | None = absence) -> None:
             of_node = sa.and_(ABSENCES.c.node == node, _OPEN)
             since = connection.execute(sa.select(ABSENCES.c.since_wall_ns).where(of_node)).scalar()
             connection.execute(sa.delete(ABSENCES).where(of_node))
             began = wall_ns if since is None else since
-            if absence is not None:
-                _put(connection, node, began, absence)  # in place of the one without an end, if in the same boot
-            else:
+            if absence is None:
                 connection.execute(sa.delete(ABSENCES).where(_of(node, began)))
+                return
+            noted = sa.and_(_of(node, began), ABSENCES.c.boot_id == absence.boot_id)
+            start_ns = connection.execute(sa.select(ABSENCES.c.from_mono_ns).where(noted)).scalar()
+            if start_ns is not None:  # in the same boot: noted then, so that no step of a clock has moved it
+                absence = replace(absence, start_mono_ns=int(start_ns))
+            _put(connection, node, began, absence)
 
         await self._write(node, write)
 

@@ -64,6 +64,15 @@ async def test_a_host_rebooted_while_it_was_given_up_is_not_billed_for_the_boot_
     ]  # fmt: skip
 
 
+async def test_a_step_of_the_wall_clock_while_the_scheduler_was_down_does_not_move_the_beginning(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    await Absences(database).begin(NODE, SINCE, Absence("boot-a", 150, NO_END_NS))
+    await Absences(database).end(NODE, SINCE + 900, Absence("boot-a", 240, 250))
+    await collector.accept(NODE, [window(seq=seq) for seq in range(4)])
+    assert [w.unbilled_ns for w in await UsageReports(database).windows()] == [0, 50, 50, 0]
+
+
 @pytest.mark.parametrize("end", [Absence("boot-a", 150, 250), None])
 async def test_without_a_reboot_the_boot_before_is_billed_again_after_the_return(
     collector: UsageCollector, database: UsageDatabase, end: Absence | None
