@@ -250,28 +250,51 @@ class Recovery:
             self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
 
     async def _leave_alone(self, record: UnreadableRecord, handle: Handle | None) -> None:
-        """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone."""
-        if handle is None or not await self._context.runtime.alive(handle):
-            if handle is not None:
-                await self._context.remove(handle)
-            await self._forget_record(record.uid)
-            self.found.gone += 1
-            self._context.events.add(record.uid, "instance.gone", "it ended while its record could not be read")
-            return
-        shown = await self._node.broker.gpus_of(set(await self._context.runtime.pids(handle)))
+        """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone. A
+        failure never ends the recovery of the others: the next start tries again."""
+        problem, uuids = record.problem, record.gpu_uuids
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                if await self._forget_ended(record.uid, handle):
+                    return
+                shown = await self._gpus_in_use(handle)
+                uuids = uuids if shown is None else shown
+        except TimeoutError:
+            problem += f"; it could not be looked at within {self._deadline_s:g} s"
+        except Exception as error:
+            if not isinstance(error, HibernodeError):
+                self._log.exception("recovery.crashed", instance=record.uid)
+            problem += f"; it could not be looked at: {error}"
         self._node.broker.cordon(
             record.uid,
-            [uuid for uuid in (record.gpu_uuids if shown is None else shown) if uuid in self._known_gpus],
+            [uuid for uuid in uuids if uuid in self._known_gpus],
             f"INSTANCE_UNREADABLE: {record.uid} runs on it, and its record can't be read",
             source=record.uid,
             lasting=True,
         )
         self.found.unreadable += 1
         text = (
-            f"its record can't be read ({record.problem}), so it is left alone, unused and unbilled; install the "
+            f"its record can't be read ({problem}), so it is left alone, unused and unbilled; install the "
             "version that wrote it, or kill its processes and restart the agent"
         )
         self._context.events.add(record.uid, "instance.record_unreadable", text)
+
+    async def _forget_ended(self, uid: str, handle: Handle | None) -> bool:
+        """Forget an instance whose record can't be read if its processes are gone; returns whether they are."""
+        if handle is not None:
+            if await self._context.runtime.alive(handle):
+                return False
+            await self._context.remove(handle)
+        await self._forget_record(uid)
+        self.found.gone += 1
+        self._context.events.add(uid, "instance.gone", "it ended while its record could not be read")
+        return True
+
+    async def _gpus_in_use(self, handle: Handle | None) -> Sequence[str] | None:
+        """The GPUs that NVML shows its processes on; None if it does not answer."""
+        if handle is None:
+            return ()
+        return await self._node.broker.gpus_of(set(await self._context.runtime.pids(handle)))
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
         """Kill and clean up; returns whether that succeeded. If not, its GPUs are cordoned: it may still use them."""

@@ -398,3 +398,27 @@ async def test_a_record_that_cannot_be_read_goes_with_its_processes() -> None:
         found = await rig.recover()
         assert (found.gone, found.unreadable) == (1, 0)
         assert list(await rig.store.unreadable_instances()) == []
+
+
+@pytest.mark.parametrize("error", [UnavailableError("ENGINE_FAILED", "device busy"), OSError("no space"), None])
+async def test_a_record_that_cannot_be_read_and_whose_remains_cannot_be_removed_ends_no_recovery(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error, or no answer within the deadline."""
+    async with node_rig() as rig:
+        lost, other = await rig.running(), await rig.running()
+        await lose_record(rig, lost.uid)
+        rig.runtime.containers[lost.uid].ended.set_result(Exit(code=0))
+
+        async def destroy(_: object) -> None:
+            if error is not None:
+                raise error
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(rig.runtime, "destroy", destroy)
+        found = await rig.recover(deadline_s=0.05)
+        assert (found.gone, found.unreadable) == (0, 1)
+        assert set(rig.node.actors) == {other.uid}
+        cordoned = {uuid for uuid, device in rig.node.broker.allocator.devices.items() if device.cordons}
+        assert cordoned == set(lost.gpu_uuids)
+        assert list(await rig.store.unreadable_instances()), "the next start tries again"
