@@ -58,7 +58,7 @@ LAST_WINDOWS = (
     "(SELECT instance_uid, max(seq) FROM windows GROUP BY instance_uid) ORDER BY instance_uid"
 )
 UNACKNOWLEDGED = (
-    f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ?"
+    f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ? OFFSET ?"
 )
 ACKNOWLEDGE = "UPDATE windows SET acknowledged = 1 WHERE instance_uid = ? AND seq = ? AND sealed = 1"
 REFUSE = "UPDATE windows SET acknowledged = 2 WHERE instance_uid = ? AND seq = ? AND sealed = 1 AND acknowledged = 0"
