@@ -62,6 +62,7 @@ class Recovery:
         self._ask_again_s = ask_again_s
         self.found = RecoverySummary()
         self._cold: list[Actor] = []
+        self._left_alone: list[str] = []
         self._log = get_logger()
 
     async def run(self) -> RecoverySummary:
@@ -78,9 +79,9 @@ class Recovery:
             *(self._leave_alone(record, handles.get(record.uid)) for record in unreadable),
         )
         actors = self._node.actors
-        await self._context.memory.restore_limits(
-            actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
-        )
+        frozen = [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
+        # Those left alone keep what is noted of them, and may be frozen.
+        await self._context.memory.restore_limits([*actors, *self._left_alone], [*frozen, *self._left_alone])
         for actor in self._cold:  # last: the instances found awake hold their GPUs by now
             actor.handle(ev.Created())
         return self.found
@@ -272,6 +273,7 @@ class Recovery:
             source=record.uid,
             lasting=True,
         )
+        self._left_alone.append(record.uid)
         self.found.unreadable += 1
         text = (
             f"its record can't be read ({problem}), so it is left alone, unused and unbilled; install the "

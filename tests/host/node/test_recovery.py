@@ -390,6 +390,19 @@ async def test_an_instance_whose_record_cannot_be_read_is_left_alone(nvml_answer
         assert sum(one.idle_ns + one.active_ns for one in windows if one.estimated) == 0, "nothing is billed meanwhile"
 
 
+async def test_a_frozen_instance_that_is_left_alone_keeps_its_raised_limit_and_the_size_of_its_image() -> None:
+    """The version that can read its record wakes it."""
+    async with node_rig() as rig:
+        uid = (await rig.frozen()).uid
+        rig.memory.raised[uid] = 1 << 30
+        image = rig.memory.noted_image(uid)
+        await lose_record(rig, uid)
+        found = await rig.recover()
+        assert found.unreadable == 1
+        assert rig.memory.limit_raised(uid)
+        assert rig.memory.noted_image(uid) == image is not None
+
+
 async def test_a_record_that_cannot_be_read_goes_with_its_processes() -> None:
     async with node_rig() as rig:
         lost = await rig.running()
