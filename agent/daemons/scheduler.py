@@ -225,7 +225,8 @@ class SchedulerDaemon:
         await self.usage.open()
         away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
         configured = {node.name for node in self._config.nodes}
-        for name in await self.store.nodes():
+        # A node that is given up is known, even if it could not be stored when it was first seen.
+        for name in {**dict.fromkeys(await self.store.nodes()), **away_since}:
             if name in configured:
                 self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
