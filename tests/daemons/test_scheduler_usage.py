@@ -6,6 +6,8 @@ import asyncio
 import csv
 import io
 import json
+import signal
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +27,7 @@ from agent.v1.types_pb2 import Node
 from agent.v1.usage_service_pb2 import ListUsageRequest, ReconcileUsageRequest, UploadUsageWindowsRequest
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_usage import window_to_proto
-from tests.daemons.test_scheduler import NODE_TOKEN, Daemon, running
+from tests.daemons.test_scheduler import NODE_TOKEN, Daemon, end, running
 from tests.fakes.agent_node import FakeAgentNode
 
 WINDOW = UsageWindow(
@@ -193,20 +195,47 @@ async def test_what_a_node_meters_while_it_is_given_up_is_not_billed_also_if_its
         await asyncio.sleep(1)  # the duration
         node.boot_id = boot_id
         await node.start(daemon.endpoints["grpc"])
-        async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent, asyncio.timeout(20):
-            while True:
-                try:
-                    await agent.call(agent.usage.UploadUsageWindows, request, 10)
-                    break
-                except UnavailableError as error:
-                    if error.reason != "NODE_GIVEN_UP":
-                        raise
-                    await asyncio.sleep(0.1)
+        await _upload(daemon, request)
     finally:
         await node.kill()
     asked = ListUsageRequest(include_windows=True, page_token="windows/")
     listed = await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
     assert [(one.seq, one.unbilled_ns) for one in listed.windows] == [(0, 0), (1, SECOND_NS)]
+
+
+async def test_a_node_that_was_given_up_is_let_back_by_the_next_scheduler_even_if_it_could_not_be_stored(
+    tmp_path: Path,
+) -> None:
+    node, request = FakeAgentNode("gpu-1", NODE_TOKEN), UploadUsageWindowsRequest()
+    _add(request, 0, time.monotonic_ns())
+    try:
+        async with running(tmp_path) as first:
+            await node.start(first.endpoints["grpc"])
+            await _until_node_is(first, Node.STATE_READY)
+            await node.kill()
+            await _until_node_is(first, Node.STATE_LOST)
+            await end(first, signal.SIGKILL)
+        with sqlite3.connect(tmp_path / "state" / "scheduler.db") as database:
+            assert database.execute("DELETE FROM nodes").rowcount == 1
+        database.close()
+        async with running(tmp_path) as second:
+            await node.start(second.endpoints["grpc"])
+            await _upload(second, request)
+    finally:
+        await node.kill()
+
+
+async def _upload(daemon: Daemon, request: UploadUsageWindowsRequest) -> None:
+    """Repeat it until the node is back."""
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent, asyncio.timeout(20):
+        while True:
+            try:
+                await agent.call(agent.usage.UploadUsageWindows, request, 10)
+                return
+            except UnavailableError as error:
+                if error.reason != "NODE_GIVEN_UP":
+                    raise
+            await asyncio.sleep(0.1)
 
 
 def _add(request: UploadUsageWindowsRequest, seq: int, start_ns: int) -> None:
