@@ -253,7 +253,8 @@ class Recovery:
     async def _leave_alone(self, record: UnreadableRecord, handle: Handle | None) -> None:
         """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone. A
         failure never ends the recovery of the others: the next start tries again."""
-        problem, uuids = record.problem, record.gpu_uuids
+        problem = record.problem
+        uuids: Sequence[str] = record.gpu_uuids
         try:
             async with asyncio.timeout(self._deadline_s):
                 if await self._forget_ended(record.uid, handle):
