@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
 from agent.core.billing.window import UsageWindow
 from agent.core.instance_record import InstanceRecord, UnreadableRecord
+from agent.core.types import Handle
 
 # Entry i migrates from version i to i + 1 (PRAGMA user_version). Never edit one that was released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -76,16 +78,21 @@ PUT_INSTANCE = (
 )
 
 _RECORD = msgspec.json.Decoder(InstanceRecord)
+_T = TypeVar("_T", "_Gpus", "_Process")
 
 
 @dataclass(frozen=True, slots=True)
-class _Remnant:
-    """What a record of any version may still tell."""
+class _Gpus:
+    """What a record of any version may still tell: its GPUs ..."""
 
     gpu_uuids: tuple[str, ...] = ()
 
 
-_REMNANT = msgspec.json.Decoder(_Remnant)
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """... and its process or container."""
+
+    handle: Handle | None = None
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -151,9 +158,14 @@ def unreadable_record(uid: str, data: bytes) -> UnreadableRecord | None:
     try:
         _RECORD.decode(data)
     except (ValueError, TypeError) as error:
-        try:
-            gpus = _REMNANT.decode(data).gpu_uuids
-        except (ValueError, TypeError):
-            gpus = ()
-        return UnreadableRecord(uid, gpus, str(error))
+        gpus, process = _remnant(data, _Gpus), _remnant(data, _Process)
+        return UnreadableRecord(uid, gpus.gpu_uuids, str(error), process.handle)
     return None
+
+
+def _remnant(data: bytes, part: type[_T]) -> _T:
+    """The part of a record, empty if that can't be read either."""
+    try:
+        return msgspec.json.decode(data, type=part)
+    except (ValueError, TypeError):
+        return part()

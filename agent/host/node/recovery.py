@@ -76,7 +76,7 @@ class Recovery:
         await asyncio.gather(
             *(self._within_deadline(record, handles.get(record.spec.uid)) for record in records),
             *(self._destroy_orphan(handle) for handle in orphans),
-            *(self._leave_alone(record, handles.get(record.uid)) for record in unreadable),
+            *(self._leave_alone(record, handles.get(record.uid) or record.handle) for record in unreadable),
         )
         actors = self._node.actors
         frozen = [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]

@@ -144,6 +144,7 @@ async def test_a_record_that_cannot_be_read_takes_no_other_with_it(
     assert list(await store.load_instances()) == [record("i-ocr-2")]
     (lost,) = await store.unreadable_instances()
     assert (lost.uid, lost.gpu_uuids) == ("i-ocr-1", gpus)
+    assert lost.handle == (record().handle if gpus else None)
     assert "large" not in lost.problem, "no value of the environment"
     await store.close()
 

@@ -12,7 +12,7 @@ import pytest
 from agent.core.errors import InstanceError, UnavailableError
 from agent.core.instance_record import UnreadableRecord
 from agent.core.lifecycle import events as ev
-from agent.core.types import SECOND_NS, Exit, Hook, Hooks, InstanceState
+from agent.core.types import SECOND_NS, Exit, Handle, Hook, Hooks, InstanceState
 from agent.host.instance.actor import Actor
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, NodeRig, enter, eventually, hangs, node_rig, until
@@ -353,12 +353,12 @@ async def test_ended_instance_is_forgotten_while_its_engine_is_down() -> None:
         assert "instance.gone" in rig.names(actor.uid)
 
 
-async def lose_record(rig: NodeRig, uid: str) -> None:
-    """The next agent can't read the instance's record."""
+async def lose_record(rig: NodeRig, uid: str, handle: Handle | None = None) -> None:
+    """The next agent can't read the instance's record, but for its `handle`."""
     await rig.billing.flush()
     await rig.kill_agent()
     gone = rig.store._records.pop(uid)
-    rig.store.unreadable[uid] = UnreadableRecord(uid, gone.gpu_uuids, "Invalid enum value 'DREAM'")
+    rig.store.unreadable[uid] = UnreadableRecord(uid, gone.gpu_uuids, "Invalid enum value 'DREAM'", handle)
     await rig.boot()
 
 
@@ -388,6 +388,21 @@ async def test_an_instance_whose_record_cannot_be_read_is_left_alone(nvml_answer
         await rig.billing.flush()
         windows = await rig.store.read_windows(lost.uid)
         assert sum(one.idle_ns + one.active_ns for one in windows if one.estimated) == 0, "nothing is billed meanwhile"
+
+
+async def test_an_instance_whose_bundle_cannot_be_read_either_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version wrote both. Its process is still known by what the record tells."""
+    async with node_rig() as rig:
+        lost = await rig.running()
+        await lose_record(rig, lost.uid, rig.runtime.containers[lost.uid].handle)
+
+        async def none() -> list[Handle]:
+            return []
+
+        monkeypatch.setattr(rig.runtime, "list_handles", none)
+        found = await rig.recover()
+        assert (found.unreadable, found.gone) == (1, 0)
+        assert list(await rig.store.unreadable_instances()), "the record stays"
 
 
 async def test_a_frozen_instance_that_is_left_alone_keeps_its_raised_limit_and_the_size_of_its_image() -> None:
