@@ -50,7 +50,7 @@ CONFLICTS = sa.Table(
 )
 
 ABSENCES = sa.Table(
-    "node_absences",
+    "absences",
     USAGE_METADATA,
     sa.Column("node", text_type(), primary_key=True),
     sa.Column("since_wall_ns", sa.BigInteger, primary_key=True, autoincrement=False),
