@@ -6,17 +6,15 @@ secrets included: only its owner can read the file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from agent.core.errors import UnavailableError
-from agent.scheduler.database.engine import engine_of, text_type
+from agent.scheduler.database.engine import engine_of, make_private, text_type
 from agent.scheduler.database.thread import DatabaseThread
 
 DEADLINE_S = 10.0
@@ -199,11 +197,7 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     def _open(self) -> None:
-        path = self._engine.url.database
-        if self._engine.dialect.name == "sqlite" and path:
-            database = os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            os.fchmod(database, 0o600)  # one copied back from a backup too
-            os.close(database)
+        make_private(self._engine)
         _METADATA.create_all(self._engine)
 
 
