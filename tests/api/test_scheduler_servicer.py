@@ -6,6 +6,7 @@ from typing import cast
 
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.v1.scheduler_service_pb2 import (
@@ -32,8 +33,9 @@ def report(fleet: Fleet, name: str, *loads: InstanceLoad) -> None:
 
 async def test_nothing_is_known_of_a_lost_nodes_instances_since_it_was_last_heard() -> None:
     clock = FakeClock()
-    fleet = Fleet(clock, lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None))
+    events = EventLog(clock)
+    fleet = Fleet(clock, events, lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None), events)
     heard = clock.wall_ns()
     report(
         fleet,
@@ -55,12 +57,14 @@ async def test_nothing_is_known_of_a_lost_nodes_instances_since_it_was_last_hear
 
 
 async def test_nodes_are_in_the_order_of_their_numbers_and_a_silent_one_is_expected() -> None:
-    fleet = Fleet(FakeClock(), lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    clock = FakeClock()
+    events = EventLog(clock)
+    fleet = Fleet(clock, events, lambda _: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
     fleet.expect("gpu-10")
     for name in ("gpu-2", "gpu-1"):
         report(fleet, name, InstanceLoad(uid=f"i-{name}", function="ocr", state=Instance.STATE_RUNNING))
     report(fleet, "gpu-11", InstanceLoad(uid="i-gpu-11", function="ocr", state=Instance.STATE_RUNNING))
-    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None))
+    servicer = SchedulerServicer(fleet, cast(NodeScheduling, None), events)
     nodes = (await servicer.ListNodes(ListNodesRequest(), None)).nodes
     assert [(one.name, Node.State.Name(one.state)) for one in nodes] == [
         ("gpu-1", "STATE_READY"),

@@ -112,6 +112,7 @@ async def test_each_new_failure_is_logged_once(rig: ProvisionerRig) -> None:
     await rig.deploy()
     with capture_logs() as lines:
         await rig.rounds(20, 1)
+        rig.event_log.flush()
     attempts = [line["attempt"] for line in lines if line["event"] == "function.degraded"]
     assert attempts == list(range(1, len(attempts) + 1))
     assert len(attempts) >= 4

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent import log
-from agent.host.instance.event_log import MAX_UNLOGGED, EventLog
+from agent.event_log import MAX_UNLOGGED, EventLog
 from tests.fakes.clock import FakeClock
 from tests.host.rig import eventually
 
