@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from agent.core.types import SECOND_NS
 from agent.log import MAX_VALUE_CHARS, get_logger, timestamp
 from agent.ports import Clock
 
@@ -38,6 +39,9 @@ class LoggedEvent:
 LOG_AFTER_S = 0.02
 """Delay of log lines: writing one costs a wake up to 0.3 ms, and a request waits for every wake."""
 MAX_UNLOGGED = 1000
+REPEAT_NS = 600 * SECOND_NS
+"""The scheduler tries again for ever: events that are the same, each no longer than this after the one before, are one
+that counts."""
 
 
 class EventLog:
@@ -45,9 +49,9 @@ class EventLog:
     `flush` at the end. Never pass secrets. Call it on the loop's thread."""
 
     def __init__(self, clock: Clock, capacity: int = 5000, repeat_ns: int = 0) -> None:
-        """`repeat_ns`: an event that was already added within this time, with the same attributes, takes the earlier
-        one's place and counts, so that what is tried again and again drops no other event. 0 keeps each. The log has
-        every one."""
+        """`repeat_ns`: an event that was already added within this time, with the same attributes, replaces the
+        earlier one and counts both, so that what is tried again and again drops no other event. 0 keeps each. The log
+        has every one."""
         self._clock = clock
         self._capacity = capacity
         self._repeat_ns = repeat_ns

@@ -38,7 +38,7 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.event_log import EventLog
+from agent.event_log import REPEAT_NS, EventLog
 from agent.http.limits import Limits
 from agent.http.request_ids import RequestIds
 from agent.http.server import BACKLOG, DateHeader, serve
@@ -78,8 +78,6 @@ QUEUE_GRACE_S = 10.0
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
 NOTE_ABSENCE_S = 1.0
-REPEAT_NS = 600 * SECOND_NS
-"""An event that is the same as one not longer ago is listed together with it."""
 
 
 class SchedulerDaemon:
