@@ -120,7 +120,7 @@ class EventLog:
     def _flush_soon(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # nobody waits for the log
+        except RuntimeError:  # no request runs, so a line may cost what it costs
             self.flush()
         else:
             loop.call_later(LOG_AFTER_S, self.flush)
