@@ -8,6 +8,7 @@ from agent.core.billing.absence import Absence
 from agent.core.dispatch.events import NodeLost
 from agent.core.dispatch.model import NodeStanding
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
@@ -28,6 +29,7 @@ class Rig:
         note: Callable[[str], None] = self._note if durable else self.noted.append
         self.fleet = Fleet(
             self.clock,
+            EventLog(self.clock),
             self._event,
             lambda: None,
             3 * SECOND_NS,
