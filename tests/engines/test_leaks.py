@@ -162,8 +162,10 @@ async def test_two_hundred_instances_leave_nothing_on_the_host(engine: Engine) -
         logs = list((stack.folder / "agent" / "logs").glob("*"))
         assert len(logs) <= 2 * 200, "logs of the newest 200 that have ended are kept"
         state_uuid = (stack.folder / "agent" / "uuid").read_text().strip()
+        log = (stack.folder / "agent.log").open()
     left_over = await asyncio.to_thread(engine.leftovers, state_uuid)
-    assert not left_over, left_over
+    with log:
+        assert not left_over, (left_over, log.read()[-3000:])
 
 
 async def at_rest(stack: Stack, engine: Engine) -> HostUsage:
