@@ -216,7 +216,7 @@ class Provisioner:
             return True
         occupants = (Occupant(one.uid, one.node, one.gpus) for one in todo.may_give_way)
         uids = instances_to_stop(function.spec, views, occupants)
-        if not uids or todo.coming_up:
+        if not uids or todo.coming_up or state.creating:  # creating: also a create of this very round
             return bool(uids)
         serving = state.serving(here)
         if why.reason == "HOST_MEMORY_SHORT" and serving <= state.serving_at_stop:

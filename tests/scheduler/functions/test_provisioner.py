@@ -60,6 +60,25 @@ async def test_a_start_that_always_fails_is_given_up_until_a_deploy(rig: Provisi
     assert rig.catalog.problem("ocr") is None
 
 
+async def test_a_revision_that_never_comes_up_costs_one_old_instance_where_both_gpus_are_full(
+    rig: ProvisionerRig,
+) -> None:
+    await rig.deploy(target=2)
+    await rig.rounds(2)
+    old = rig.uids()
+    assert len(old) == 2
+    rig.answer = fails(rig, "FUNCTION_NOT_STARTED")
+    await rig.deploy(target=2, command=["broken"])
+    await rig.rounds(60, 1)
+    assert len([made for made in rig.creates if made.startswith("ocr/2/")]) == 2 * MAX_ATTEMPTS
+    assert (len(rig.stops), len(rig.uids() & old)) == (1, 1), "the other one serves on"
+    rig.answer = rig.running
+    await rig.deploy(target=2)
+    await rig.rounds(6, 1)
+    assert len(rig.uids()) == 2
+    assert not rig.uids() & old
+
+
 async def test_a_failure_is_shown_until_an_instance_has_come_up(rig: ProvisionerRig) -> None:
     rig.answer = fails(rig, "IMAGE_PULL_FAILED")
     await rig.deploy()
