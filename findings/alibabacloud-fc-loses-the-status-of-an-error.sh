@@ -5,7 +5,7 @@
 # 2026-11-30. The service is a small HTTP server on loopback with the answers below.
 #
 # invoke_function() raises for a status of 400 and more. If the body is a JSON object, the exception has status_code.
-# Expected of other bodies (the error page of a proxy, text from the function's own server, nothing at all): an exception
+# Expected of other bodies (the error page of a proxy, text of the function's own server, nothing at all): an exception
 # with the status. Seen: "UnretryableException" with a text about parsing the body; it has no status_code, and its code
 # is None, so 404, 502 and 504 cannot be told apart. Nor does its inner exception know more.
 #
@@ -75,7 +75,13 @@ def found_status(answer):
 service = ThreadingHTTPServer(("127.0.0.1", 0), Service)
 threading.Thread(target=service.serve_forever, daemon=True).start()
 endpoint = f"127.0.0.1:{service.server_port}"
-config = Config(access_key_id="id", access_key_secret="secret", protocol="http", region_id="cn-hangzhou", endpoint=endpoint)
+config = Config(
+    access_key_id="id",
+    access_key_secret="secret",
+    protocol="http",
+    region_id="cn-hangzhou",
+    endpoint=endpoint,
+)
 client = Client(config)
 of_object = found_status(OBJECT)
 of_others = [found_status(answer) for answer in OTHERS]

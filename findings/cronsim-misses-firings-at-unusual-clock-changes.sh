@@ -8,7 +8,7 @@
 # Debian's cron, cronsim's model, runs whenever the clock shows such a time. Expected: no difference, as in Berlin and
 # New York. Seen:
 # - Lord Howe changes its clocks by 30 minutes: a job every 3 or 12 hours misses a firing on both days of change.
-# - Beirut, Santiago and Cairo set their clocks back from midnight to 23:00. A schedule of that weekday, asked backwards,
+# - Beirut, Santiago and Cairo set their clocks back from midnight to 23:00. A schedule of that weekday, backwards,
 #   leaves out the second pass of that hour: the last firing before Sunday is told as 23:30, an hour too early.
 # - Beirut and Santiago jump from midnight to 01:00 in spring. "*/30 0 * * SUN" gives 00:00 of that day, which does not
 #   exist; as an instant it is 01:00, an hour in which the schedule has no firing.

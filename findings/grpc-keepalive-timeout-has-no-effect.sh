@@ -87,14 +87,15 @@ try:
         channels.append(channel)
         grpc.channel_ready_future(channel).result(10)
         call = channel.unary_unary("/any/call").future(b"", timeout=100)
-        call.add_done_callback(lambda call, name=name: ended.put((name, call.code().name, call.details(), time.monotonic())))
+        call.add_done_callback(lambda call, name=name: ended.put((name, call, time.monotonic())))
     time.sleep(1)
     server.send_signal(signal.SIGSTOP)
     frozen = time.monotonic()
     for _ in CASES:
-        name, code, details, at = ended.get()
+        name, call, at = ended.get()
         after[name] = at - frozen
-        print(f"{name:27} {code} after {after[name]:.0f} s ({details.partition('(')[2].rstrip(')')})", flush=True)
+        why = call.details().partition("(")[2].rstrip(")")
+        print(f"{name:27} {call.code().name} after {after[name]:.0f} s ({why})", flush=True)
 finally:
     server.kill()
     server.wait()
