@@ -79,7 +79,7 @@ def between(first, last):
 for number in (signal.SIGALRM, signal.SIGTERM):
     signal.signal(number, give_up)
 signal.alarm(90)
-job = subprocess.Popen([sys.executable, f"{WORK}/job.py"], stdout=open(f"{WORK}/starts", "wb"))
+job = subprocess.Popen([sys.executable, "job.py"], cwd=WORK, stdout=open(f"{WORK}/starts", "wb"))
 try:
     while not starts():
         time.sleep(0.1)
