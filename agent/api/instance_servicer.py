@@ -8,13 +8,13 @@ from contextlib import aclosing
 
 from agent.api.instance_exec import exec_instance
 from agent.api.instance_logs import InstanceLogs
-from agent.api.paging import page, page_bounds
+from agent.api.paging import page, page_bounds, page_of_events
 from agent.core.errors import InstanceError, InvalidArgumentError, PreconditionError
 from agent.core.function_rules import check_function
 from agent.core.lifecycle.events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState, StopCause
+from agent.event_log import EventLog
 from agent.host.instance.actor import Actor
-from agent.host.instance.event_log import EventLog
 from agent.host.instance.waking import raise_if_failed, wake_up
 from agent.host.node.exec_sessions import ExecSessions
 from agent.host.node.node import Node
@@ -24,9 +24,10 @@ from agent.ports import Clock
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, types_pb2
 from agent.wire.convert_enums import stop_cause_from_proto
+from agent.wire.convert_event import event_to_proto
 from agent.wire.convert_function import function_from_proto
 from agent.wire.convert_snapshot import instance_to_proto
-from agent.wire.convert_time import time_from_proto, time_to_proto
+from agent.wire.convert_time import time_from_proto
 from agent.wire.tokens import caller
 
 DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
@@ -166,25 +167,13 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
                 yield answer
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: object) -> pb.ListEventsResponse:
-        """Events, oldest first. The page token is the last event's number, because old events are dropped."""
+        """Events, oldest first."""
         uid = self._node.get(request.instance_uid).uid if request.instance_uid else ""
         since = time_from_proto(request.since) if request.HasField("since") else 0
         after, size = page_bounds(request.page_size, request.page_token)
         found = self._events.read(after=after, instance_uid=uid, since_wall_ns=since)
-        shown, token = found[:size], str(found[size - 1].sequence) if len(found) > size else ""
-        return pb.ListEventsResponse(
-            events=[
-                types_pb2.Event(
-                    time=time_to_proto(event.wall_ns),
-                    instance_uid=event.instance_uid,
-                    name=event.name,
-                    message=event.message,
-                    attributes=event.attributes,
-                )
-                for event in shown
-            ],
-            next_page_token=token,
-        )
+        shown, token = page_of_events(found, size)
+        return pb.ListEventsResponse(events=map(event_to_proto, shown), next_page_token=token)
 
     def _show(self, actor: Actor) -> types_pb2.Instance:
         return instance_to_proto(self._observer.instance(actor), self._observer.identity.name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
+from agent.event_log import LoggedEvent
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -28,3 +29,8 @@ def page(items: Sequence[_Item], page_size: int, page_token: str) -> tuple[Seque
     offset, size = page_bounds(page_size, page_token)
     end = offset + size
     return items[offset:end], str(end) if end < len(items) else ""
+
+
+def page_of_events(found: Sequence[LoggedEvent], size: int) -> tuple[Sequence[LoggedEvent], str]:
+    """As `page`, of events after the token. The token is the last event's number, because old events are dropped."""
+    return found[:size], str(found[size - 1].sequence) if len(found) > size else ""

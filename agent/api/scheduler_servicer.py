@@ -1,4 +1,4 @@
-"""SchedulerService of the scheduler: the agents' load streams, and the fleet as they report it."""
+"""SchedulerService of the scheduler: the agents' load streams, the fleet as they report it, the scheduler's events."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from agent.api.paging import page
+from agent.api.paging import page, page_bounds, page_of_events
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
 from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.v1 import scheduler_service_pb2 as pb
 from agent.v1 import scheduler_service_pb2_grpc, types_pb2
 from agent.wire.addresses import peer_host
 from agent.wire.convert_enums import scheduling_from_proto, scheduling_to_proto
+from agent.wire.convert_event import event_to_proto
 from agent.wire.convert_load import instance_of_load
-from agent.wire.convert_time import time_to_proto
+from agent.wire.convert_time import time_from_proto, time_to_proto
 from agent.wire.interceptors import CallContext
 from agent.wire.tokens import calling_node
 
@@ -35,10 +37,11 @@ _STATES = {
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     """Delegates to the fleet; `wire.interceptors` turns errors into statuses."""
 
-    def __init__(self, fleet: Fleet, scheduling: NodeScheduling, silence_s: float = 10.0) -> None:
+    def __init__(self, fleet: Fleet, scheduling: NodeScheduling, events: EventLog, silence_s: float = 10.0) -> None:
         """`silence_s`: a stream without a message for so long is ended; an agent sends one a second."""
         self._fleet = fleet
         self._scheduling = scheduling
+        self._events = events
         self._silence_s = silence_s
         self._open: Counter[str] = Counter()
 
@@ -105,6 +108,14 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         return pb.ListFleetInstancesResponse(
             instances=[_instance(node, load) for *_, node, load in shown], next_page_token=token
         )
+
+    async def ListFleetEvents(self, request: pb.ListFleetEventsRequest, context: object) -> pb.ListFleetEventsResponse:
+        """The scheduler's events, oldest first."""
+        since = time_from_proto(request.since) if request.HasField("since") else 0
+        after, size = page_bounds(request.page_size, request.page_token)
+        found = self._events.read(after=after, since_wall_ns=since, function=request.function, node=request.node)
+        shown, token = page_of_events(found, size)
+        return pb.ListFleetEventsResponse(events=map(event_to_proto, shown), next_page_token=token)
 
     def _show(self, node: NodeRecord) -> types_pb2.Node:
         return node_of_record(node, self._fleet.scheduling(node.name))

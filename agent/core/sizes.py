@@ -12,3 +12,8 @@ def size_text(size_bytes: int) -> str:
             number = f"{size_bytes / unit:.2f}".rstrip("0").rstrip(".")
             return f"{number} {name}"
     return f"{size_bytes} bytes"
+
+
+def shortage_in_mib(available_bytes: int, needed_bytes: int) -> tuple[str, str]:
+    """What there is and what is needed, in MiB, rounded so that the second is always the larger one."""
+    return f"{available_bytes >> 20} MiB", f"{-(-needed_bytes >> 20)} MiB"

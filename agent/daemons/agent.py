@@ -45,13 +45,13 @@ from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
 from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_node_gpus
 from agent.daemons.process import daemon_main, run_until_signal
+from agent.event_log import EventLog
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
 from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.gpus.monitor import GpuMonitor
 from agent.host.ingress.ingress import FULL, Ingress
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.engine_watch import EngineWatch
 from agent.host.node.exec_sessions import ExecSessions

@@ -39,6 +39,7 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
+from agent.event_log import REPEAT_NS, EventLog
 from agent.http.limits import Limits
 from agent.http.request_ids import RequestIds
 from agent.http.server import BACKLOG, DateHeader, serve
@@ -91,6 +92,8 @@ class SchedulerDaemon:
         self.admin_address = ""
         self._background: set[asyncio.Task[None]] = set()
         self.clock = SystemClock()
+        self.events = EventLog(self.clock, repeat_ns=REPEAT_NS)
+        stack.callback(self.events.flush)
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
@@ -123,7 +126,7 @@ class SchedulerDaemon:
         good, unusable = usable_tokens(found, self.token)
         out = [node.name for node in self._config.nodes if node.name not in good]
         for problem in (*wrong, *unusable):
-            self._log.error("node.token_unusable", reason=problem.reason, message=problem.message, nodes_out=out)
+            self.events.error("node.token_unusable", reason=problem.reason, message=problem.message, nodes_out=out)
         return good
 
     def _price_book(self) -> PriceBook | ConfigError:
@@ -151,6 +154,7 @@ class SchedulerDaemon:
         self.dispatch_loop = DispatchLoop(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,
+            self.events,
             self.dispatch_loop.apply,
             self._fleet_changed,
             suspect_ns=config.report.suspect_ns,
@@ -160,22 +164,24 @@ class SchedulerDaemon:
             note_absence=lambda name, absence: self._spawn(self._note_absence(name, absence)),
             returned=lambda name, absence: self._spawn(self.absences.end(name, self.clock.wall_ns(), absence)),
         )
-        self.node_scheduling = NodeScheduling(self.store, self.fleet)
+        self.node_scheduling = NodeScheduling(self.store, self.fleet, self.events)
         self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.channels.close)
         apply_event = self.dispatch_loop.apply
         self.catalog = Catalog(
             self.clock,
+            self.events,
             self.store,
             apply_event,
             self._catalog_changed,
             _defaults(config),
             GpuCheck(self.fleet),
         )
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.provisioner = Provisioner(self.clock, self.events, self.catalog, self.fleet, self.channels, apply_event)
         self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
             self.clock,
+            self.events,
             self.catalog,
             self.fleet,
             self.dispatcher,
@@ -314,7 +320,9 @@ class SchedulerDaemon:
         operator = Principal("operator", Role.OPERATOR)
         collector = UsageCollector(self.usage, self.clock, self.fleet.owner, self.usage_totals.add)
         services = Services(
-            scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
+            scheduler=SchedulerServicer(
+                self.fleet, self.node_scheduling, self.events, config.report.lost_ns / SECOND_NS
+            ),
             functions=FunctionServicer(
                 self.clock,
                 self.catalog,

@@ -55,6 +55,11 @@ class SchedulerServiceStub:
                 request_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesRequest.SerializeToString,
                 response_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesResponse.FromString,
                 _registered_method=True)
+        self.ListFleetEvents = channel.unary_unary(
+                '/agent.v1.SchedulerService/ListFleetEvents',
+                request_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -90,6 +95,14 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListFleetEvents(self, request, context):
+        """Lists the scheduler's own events since its start, of functions and nodes, oldest first. The same event again within
+        10 minutes is listed once, at its last time. InstanceService.ListEvents of each agent has those of its instances.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.ListFleetInstances,
                     request_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesRequest.FromString,
                     response_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesResponse.SerializeToString,
+            ),
+            'ListFleetEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFleetEvents,
+                    request_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class SchedulerService:
             '/agent.v1.SchedulerService/ListFleetInstances',
             agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesRequest.SerializeToString,
             agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFleetEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.v1.SchedulerService/ListFleetEvents',
+            agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsRequest.SerializeToString,
+            agent_dot_v1_dot_scheduler__service__pb2.ListFleetEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class SchedulerServiceStub:
     """Cordons, drains or uncordons a node; kept over restarts of the scheduler. NOT_FOUND for an unknown node."""
     ListFleetInstances: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetInstancesRequest, _scheduler_service_pb2.ListFleetInstancesResponse]
     """Lists the fleet's instances by node and age, as last reported."""
+    ListFleetEvents: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetEventsRequest, _scheduler_service_pb2.ListFleetEventsResponse]
+    """Lists the scheduler's own events since its start, of functions and nodes, oldest first. The same event again within
+    10 minutes is listed once, at its last time. InstanceService.ListEvents of each agent has those of its instances.
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -59,6 +63,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Cordons, drains or uncordons a node; kept over restarts of the scheduler. NOT_FOUND for an unknown node."""
     ListFleetInstances: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetInstancesRequest, _scheduler_service_pb2.ListFleetInstancesResponse]  # type: ignore[assignment]
     """Lists the fleet's instances by node and age, as last reported."""
+    ListFleetEvents: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetEventsRequest, _scheduler_service_pb2.ListFleetEventsResponse]  # type: ignore[assignment]
+    """Lists the scheduler's own events since its start, of functions and nodes, oldest first. The same event again within
+    10 minutes is listed once, at its last time. InstanceService.ListEvents of each agent has those of its instances.
+    """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler."""
@@ -96,5 +104,15 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ListFleetInstancesResponse, _abc.Awaitable[_scheduler_service_pb2.ListFleetInstancesResponse]]:
         """Lists the fleet's instances by node and age, as last reported."""
+
+    @_abc_1.abstractmethod
+    def ListFleetEvents(
+        self,
+        request: _scheduler_service_pb2.ListFleetEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListFleetEventsResponse, _abc.Awaitable[_scheduler_service_pb2.ListFleetEventsResponse]]:
+        """Lists the scheduler's own events since its start, of functions and nodes, oldest first. The same event again within
+        10 minutes is listed once, at its last time. InstanceService.ListEvents of each agent has those of its instances.
+        """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1289,9 +1289,36 @@ Global___Node: _TypeAlias = Node  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """An event of a node or an instance. The number kept is bounded; the oldest are dropped first."""
+    """An event of a node, of an instance or of the scheduler. The number kept is bounded; the oldest are dropped first."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _Level:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _LevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Event._Level.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        LEVEL_UNSPECIFIED: Event._Level.ValueType  # 0
+        """Not given, by an older version: LEVEL_INFO."""
+        LEVEL_INFO: Event._Level.ValueType  # 1
+        """It is expected."""
+        LEVEL_WARNING: Event._Level.ValueType  # 2
+        """Something failed, and is tried again or replaced."""
+        LEVEL_ERROR: Event._Level.ValueType  # 3
+        """Somebody has to act."""
+
+    class Level(_Level, metaclass=_LevelEnumTypeWrapper):
+        """How grave an event is."""
+
+    LEVEL_UNSPECIFIED: Event.Level.ValueType  # 0
+    """Not given, by an older version: LEVEL_INFO."""
+    LEVEL_INFO: Event.Level.ValueType  # 1
+    """It is expected."""
+    LEVEL_WARNING: Event.Level.ValueType  # 2
+    """Something failed, and is tried again or replaced."""
+    LEVEL_ERROR: Event.Level.ValueType  # 3
+    """Somebody has to act."""
 
     @_typing.final
     class AttributesEntry(_message.Message):
@@ -1318,19 +1345,30 @@ class Event(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
     instance_uid: _builtins.str
-    """Instance; empty for an event of the node."""
+    """Instance; empty for an event of none."""
     name: _builtins.str
     """Stable dotted name (`instance.frozen`)."""
     message: _builtins.str
     """Human-readable text."""
+    level: Global___Event.Level.ValueType
+    """How grave it is."""
+    count: _builtins.int
+    """How often the same event happened, from first_time to time; at least 1."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """Time of the event."""
+        """Time of the event; of the last one if there were several."""
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Data of the event; never secrets."""
+
+    @_builtins.property
+    def first_time(self) -> _timestamp_pb2.Timestamp:
+        """Time of the first of several; the same as time for one."""
 
     def __init__(
         self,
@@ -1340,10 +1378,13 @@ class Event(_message.Message):
         name: _builtins.str = ...,
         message: _builtins.str = ...,
         attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        level: Global___Event.Level.ValueType = ...,
+        count: _builtins.int = ...,
+        first_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "instance_uid", b"instance_uid", "message", b"message", "name", b"name", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "count", b"count", "first_time", b"first_time", "instance_uid", b"instance_uid", "level", b"level", "message", b"message", "name", b"name", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

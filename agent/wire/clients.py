@@ -44,7 +44,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),  # for a host that is gone: TCP_USER_TIMEOUT
+    ("grpc.http2.ping_timeout_ms", 5_000),  # for a process that hangs; else a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # The scheduler suspects an agent after 3 s of silence: a restarted peer must be found again well within that.

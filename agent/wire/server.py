@@ -36,6 +36,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Below the clients' keepalive interval; pings that come sooner are answered by GOAWAY.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from agent.api.function_metrics import FunctionMetrics
 from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.core.types import GIB, SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.gateway.wake_calls import WakeCounts
 from agent.scheduler.usage.totals import UsageTotals
@@ -47,7 +48,7 @@ class Central:
 async def a_central(tmp: str) -> AsyncIterator[Central]:
     async with gateway_rig(tmp, "n1") as rig:
         clock = FakeClock()
-        fleet = Fleet(clock, rig.apply, lambda: None, suspect_ns=3 * SECOND_NS, lost_ns=10 * SECOND_NS)
+        fleet = Fleet(clock, EventLog(clock), rig.apply, lambda: None, suspect_ns=3 * SECOND_NS, lost_ns=10 * SECOND_NS)
         usage = UsageTotals(lambda: [one.spec.name for one in rig.catalog.all()])
         functions = FunctionMetrics(clock, rig.catalog, fleet, rig.dispatcher, rig.gateway.traffic, usage)
         yield Central(rig, fleet, clock, SchedulerMetrics(functions, fleet, rig.gateway.counts, WakeCounts()))

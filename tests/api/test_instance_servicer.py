@@ -241,7 +241,9 @@ async def test_event_pages_skip_nothing_when_old_events_are_dropped() -> None:
             request = pb.ListEventsRequest(page_size=3, page_token=token)
             answer = await api.servicer.ListEvents(request, None)
             names += [event.name for event in answer.events]
-            api.world.events._events.popleft()  # history is bounded: the oldest event is dropped between two pages
+            api.world.events._events.popitem(
+                last=False
+            )  # history is bounded: the oldest event is dropped between two pages
             token = answer.next_page_token
             if not token:
                 break

@@ -173,7 +173,7 @@ async def real_scheduler(folder: Path) -> AsyncIterator[DaemonChannel]:
     for function, seqs in (("chat", (0, 2)), ("ocr", (0, 1, 2)), ("tts", (0,))):
         await collector.accept("gpu-host-1", [_window(function, seq) for seq in seqs])
     services = Services(
-        scheduler=SchedulerServicer(rig.fleet, NodeScheduling(store, rig.fleet)),
+        scheduler=SchedulerServicer(rig.fleet, NodeScheduling(store, rig.fleet, rig.event_log), rig.event_log),
         functions=rig.servicer,
         usage=UsageServicer(
             collector, UsageReports(database), parse_price_book(yaml.safe_load(PRICE_BOOK.read_text()))

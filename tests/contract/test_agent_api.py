@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core.errors import ConflictError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
 from agent.v1 import instance_service_pb2 as inst
-from agent.v1.types_pb2 import FunctionSpec, Instance, Node
+from agent.v1.types_pb2 import Event, FunctionSpec, Instance, Node
 from agent.wire.clients import DaemonChannel, ExecStream
 from agent.wire.convert_function import function_to_proto
 from tests.contract import daemon_worlds
@@ -286,6 +286,8 @@ async def test_a_command_that_can_not_be_is_refused(agent: DaemonChannel) -> Non
 async def test_events_have_a_time_an_instance_and_a_dotted_name(agent: DaemonChannel) -> None:
     events = await pages(agent, "instances", "ListEvents", "events", instance_uid="i-cold")
     assert {event.instance_uid for event in events} == {"i-cold"}
+    assert {(event.level, event.count) for event in events} == {(Event.LEVEL_INFO, 1)}
+    assert all(event.first_time == event.time for event in events)
     names = [event.name for event in events]
     assert (names[0], names[-1]) == ("instance.created", "instance.frozen")
     assert "instance.running" in names

@@ -16,9 +16,10 @@ from agent.core.errors import InvalidArgumentError, NotFoundError
 from agent.core.provisioning.model import parse_request_id
 from agent.v1 import function_service_pb2 as fn
 from agent.v1 import usage_service_pb2 as usage
-from agent.v1.types_pb2 import FunctionSpec, Instance, Node
+from agent.v1.types_pb2 import Event, FunctionSpec, Instance, Node
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_function import function_to_proto
+from agent.wire.convert_time import time_to_proto
 from tests.contract import daemon_worlds
 from tests.contract.daemon_worlds import PATIENCE_S, ask, pages, refused
 from tests.host.rig import OCR
@@ -28,6 +29,7 @@ LISTS = [
     ("functions", "ListProvisionConfigs", "provisions"),
     ("scheduler", "ListNodes", "nodes"),
     ("scheduler", "ListFleetInstances", "instances"),
+    ("scheduler", "ListFleetEvents", "events"),
     ("usage", "ListUsage", "rows"),
 ]
 
@@ -92,6 +94,8 @@ async def test_an_unknown_node_is_not_found(scheduler: DaemonChannel) -> None:
 async def test_a_filter_that_matches_nothing_is_an_empty_list(scheduler: DaemonChannel) -> None:
     assert not (await ask(scheduler, "scheduler", "ListFleetInstances", node="gone")).instances
     assert not (await ask(scheduler, "functions", "ListProvisionConfigs", function="gone")).provisions
+    assert not (await ask(scheduler, "scheduler", "ListFleetEvents", function="gone")).events
+    assert not (await ask(scheduler, "scheduler", "ListFleetEvents", node="gone")).events
     for only in ({"function": "gone"}, {"node": "gone"}, {"gpu_model": "gone"}):
         assert not (await ask(scheduler, "usage", "ListUsage", **only)).rows
 
@@ -279,6 +283,47 @@ async def test_instances_of_the_fleet_are_listed_by_node_and_age(scheduler: Daem
     (chat,) = await pages(scheduler, "scheduler", "ListFleetInstances", "instances", function="chat")
     assert (chat.function, chat.state, chat.healthy) == ("chat", Instance.STATE_RUNNING, True)
     assert parse_request_id(chat.request_id) is not None, "it was made by the scheduler"
+
+
+# ---- events ------------------------------------------------------------------------------------------
+
+
+async def events_of(scheduler: DaemonChannel, **only: Any) -> list[Event]:
+    return await pages(scheduler, "scheduler", "ListFleetEvents", "events", **only)
+
+
+async def test_events_of_the_scheduler_say_what_happened_to_whom_when_and_how_grave_it_is(
+    scheduler: DaemonChannel,
+) -> None:
+    events = await events_of(scheduler)
+    assert [(one.name, one.attributes["node"], one.level) for one in events] == [
+        ("fleet.node_lost", "gpu-host-2", Event.LEVEL_WARNING),
+        ("fleet.node_registered", "gpu-host-1", Event.LEVEL_INFO),
+        ("fleet.node_heard", "gpu-host-1", Event.LEVEL_INFO),
+    ]
+    assert {(one.count, one.instance_uid) for one in events} == {(1, "")}
+    assert all(one.time.seconds and one.first_time == one.time for one in events)
+    assert await events_of(scheduler, node="gpu-host-2") == events[:1]
+    assert await events_of(scheduler, since=events[0].time) == events
+    later = events[-1].time.ToNanoseconds() + 1
+    assert await events_of(scheduler, since=time_to_proto(later)) == []
+
+
+async def test_a_deploy_is_an_event_of_its_function_and_a_dry_run_is_none(scheduler: DaemonChannel) -> None:
+    await deploy(scheduler, "other")
+    await deploy(scheduler, validate_only=True)
+    assert await events_of(scheduler, function="new") == []
+    await deploy(scheduler, target=0)
+    (event,) = await events_of(scheduler, function="new")
+    assert (event.name, event.level) == ("function.deployed", Event.LEVEL_INFO)
+    assert dict(event.attributes) == {"function": "new", "revision": "1", "target": "0"}
+    assert "hunter2" not in str(event)
+
+
+async def test_the_scheduling_of_a_node_is_an_event(scheduler: DaemonChannel) -> None:
+    await ask(scheduler, "scheduler", "SetNodeScheduling", name="gpu-host-2", scheduling=Node.SCHEDULING_CORDONED)
+    event = (await events_of(scheduler, node="gpu-host-2"))[-1]
+    assert (event.name, event.attributes["scheduling"]) == ("node.scheduling", "CORDONED")
 
 
 # ---- usage -------------------------------------------------------------------------------------------

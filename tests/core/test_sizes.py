@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.core.sizes import size_text
+from agent.core.sizes import shortage_in_mib, size_text
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,16 @@ from agent.core.sizes import size_text
 )
 def test_a_size_is_shown_in_its_unit(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("available", "needed", "texts"),
+    [
+        ((16 << 30) - 1, 16 << 30, ("16383 MiB", "16384 MiB")),
+        (16 << 30, (16 << 30) + 1, ("16384 MiB", "16385 MiB")),
+        (0, 1, ("0 MiB", "1 MiB")),
+        (5 << 20, 7 << 20, ("5 MiB", "7 MiB")),
+    ],
+)
+def test_a_shortage_of_a_single_byte_can_be_read(available: int, needed: int, texts: tuple[str, str]) -> None:
+    assert shortage_in_mib(available, needed) == texts

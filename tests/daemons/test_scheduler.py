@@ -19,23 +19,33 @@ from agent.adapters.daemon.token_file import read_token
 from agent.core.errors import (
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
     UnsupportedError,
 )
+from agent.scheduler.database.store import Store
 from agent.v1.function_service_pb2 import (
     DeleteFunctionRequest,
     DeployFunctionRequest,
     Function,
     GetFunctionRequest,
     HttpTrigger,
+    ProvisionConfig,
+    PutProvisionConfigRequest,
 )
-from agent.v1.scheduler_service_pb2 import ListFleetInstancesRequest, ListNodesRequest, SetNodeSchedulingRequest
-from agent.v1.types_pb2 import FunctionSpec, Instance, Node
+from agent.v1.scheduler_service_pb2 import (
+    ListFleetEventsRequest,
+    ListFleetInstancesRequest,
+    ListNodesRequest,
+    SetNodeSchedulingRequest,
+)
+from agent.v1.types_pb2 import Event, FunctionSpec, Instance, Node
 from agent.v1.usage_service_pb2 import ListUsageRequest
 from agent.wire.clients import DaemonChannel
 from tests.fakes.agent_node import FakeAgentNode, echo, hold
 from tests.http.rig import Wire
+from tests.wire.test_convert_provision import morning
 
 NODE_TOKEN = "credential-of-gpu-1-0123456789"
 TOKENS = {"gpu-1": NODE_TOKEN, "gpu-2": "credential-of-gpu-2-0123456789"}
@@ -150,6 +160,11 @@ async def node() -> AsyncIterator[FakeAgentNode]:
     made = FakeAgentNode("gpu-1", NODE_TOKEN)
     yield made
     await made.kill()
+
+
+async def events(daemon: Daemon, **only: str) -> list[Event]:
+    request = ListFleetEventsRequest(page_size=1000, **only)  # type: ignore[arg-type]
+    return list((await daemon.channel.call(daemon.channel.scheduler.ListFleetEvents, request, 10)).events)
 
 
 def ready(function: Function) -> bool:
@@ -289,6 +304,46 @@ async def test_after_a_sigkill_nothing_is_created_twice(tmp_path: Path, node: Fa
         assert {one.uid for one in fleet.instances} == set(node.instances)
 
 
+async def test_a_stored_schedule_that_it_cannot_read_and_a_lost_node_are_events(
+    tmp_path: Path, node: FakeAgentNode
+) -> None:
+    async with running(tmp_path) as first:
+        await node.start(first.endpoints["grpc"])
+        await first.deploy(target=1)
+        config = ProvisionConfig(default_target=1, scheduled_actions=[morning(name="west", target=1)])
+        request = PutProvisionConfigRequest(function="ocr", config=config)
+        await first.channel.call(first.channel.functions.PutProvisionConfig, request, 10)
+        await first.until(ready)
+        counts = {one.name: one.count for one in await events(first, function="ocr")}
+        assert counts == {"function.deployed": 2, "provision.created": 1}
+        async with DaemonChannel(first.endpoints["grpc"], NODE_TOKEN) as agent:
+            with pytest.raises(PermissionDeniedError):
+                await agent.call(agent.scheduler.ListFleetEvents, ListFleetEventsRequest(), 10)
+    store = Store(f"sqlite:///{tmp_path}/state/scheduler.db")
+    await store.open()
+    config.scheduled_actions[0].time_zone = "Nowhere/Land"
+    await store.put_function((await store.functions())[0], config.SerializeToString())
+    await store.close()
+
+    async with running(tmp_path) as second:
+        (event,) = await events(second, function="ocr")
+        assert (event.name, event.level, event.attributes["function"]) == (
+            "provision.not_understood",
+            Event.LEVEL_ERROR,
+            "ocr",
+        )
+        assert "'west'" in event.message
+        assert "'Nowhere/Land'" in event.message
+        await node.kill()
+        lost: list[Event] = []
+        async with asyncio.timeout(PATIENCE_S):
+            while not lost:
+                await asyncio.sleep(0.05)
+                lost = [one for one in await events(second, node="gpu-1") if one.name == "fleet.node_lost"]
+        assert (lost[0].level, int(lost[0].attributes["silent_ms"]) >= 2000) == (Event.LEVEL_WARNING, True)
+        assert await events(second, node="gpu-2") == []
+
+
 async def schedule(daemon: Daemon, name: str, scheduling: Node.Scheduling.ValueType) -> Node:
     request = SetNodeSchedulingRequest(name=name, scheduling=scheduling)
     return (await daemon.channel.call(daemon.channel.scheduler.SetNodeScheduling, request, 10)).node
@@ -412,5 +467,9 @@ async def test_a_bad_token_file_and_a_bad_price_book_do_not_keep_the_scheduler_d
         with pytest.raises(PreconditionError, match="Usage is collected meanwhile") as caught:
             await daemon.channel.call(daemon.channel.usage.ListUsage, ListUsageRequest(), 10)
         assert caught.value.reason == "PRICE_BOOK_INVALID"
+        (event,) = await events(daemon, node="gpu-2")
+        assert (event.name, event.attributes["nodes_out"]) == ("node.token_unusable", "gpu-2")
+        assert "gpu-2.token" in event.message
+        assert "two tokens" not in str(event)
     finally:
         await end(daemon, signal.SIGKILL)

@@ -15,7 +15,7 @@ import base64
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,8 +45,10 @@ class Functions(fn_grpc.FunctionServiceServicer):
     """Remembers what is deployed. `slow` gets ready at the second look, `hopeless` never, `late` stays on its way,
     `cramped` wants more than it has."""
 
-    def __init__(self, gateway: str) -> None:
+    def __init__(self, gateway: str, event: Callable[..., None]) -> None:
+        """`event`: notes one of the scheduler's events."""
         self._gateway = gateway
+        self._event = event
         self._known: dict[str, fn.Function] = {}
         self._specs: dict[str, types_pb2.FunctionSpec] = {}
         self._configs: dict[str, fn.ProvisionConfig] = {}
@@ -68,6 +70,7 @@ class Functions(fn_grpc.FunctionServiceServicer):
             made.current_error_reason, made.current_error = "NO_FREE_GPU", "node gpu-host-2 has no free GPU"
         if not request.validate_only:
             self._known[name], self._specs[name], self._configs[name] = made, message, kept
+            self._event("function.deployed", function=name, revision=str(revision), target=str(made.target))
         warnings = warnings_of(name, request.target, kept, found, time.time_ns())
         return fn.DeployFunctionResponse(function=made, warnings=warnings)
 
@@ -327,7 +330,7 @@ async def daemons(home: Path) -> AsyncIterator[None]:
     instances, nodes = Instances(), Nodes()
     agent = GrpcServer(Services(instances=instances, nodes=nodes), tokens)
     fleet, billed = Fleet(), Usage()  # type: ignore[abstract]  # what only agents call is UNIMPLEMENTED
-    scheduler = GrpcServer(Services(scheduler=fleet, functions=Functions(where), usage=billed), tokens)
+    scheduler = GrpcServer(Services(scheduler=fleet, functions=Functions(where, fleet.event), usage=billed), tokens)
     _endpoints(home, "agent", grpc=f"127.0.0.1:{agent.bind_tcp('127.0.0.1', 0)}", socket=str(home / "agent.sock"))
     agent.bind_unix(str(home / "agent.sock"))
     _endpoints(home, "scheduler", grpc=f"127.0.0.1:{scheduler.bind_tcp('127.0.0.1', 0)}", gateway=where)

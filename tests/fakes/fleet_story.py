@@ -21,6 +21,7 @@ GIB = 1 << 30
 CREATED = Timestamp(seconds=1_767_225_600, nanos=5_000_000)  # 2026-01-01 UTC
 
 State = types_pb2.Instance
+LEVEL = types_pb2.Event
 Item = TypeVar("Item")
 
 
@@ -108,6 +109,10 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
     def __init__(self) -> None:
         self._scheduling: dict[str, types_pb2.Node.Scheduling.ValueType] = {}
         self._gone = 0
+        self._events: list[types_pb2.Event] = []
+        self.event("fleet.node_lost", LEVEL.LEVEL_WARNING, node="gpu-host-2", silent_ms="10000")
+        self.event("fleet.node_registered", node=NODE.name, epoch="1", ingress="127.0.0.1:1", gpus="2")
+        self.event("fleet.node_heard", node=NODE.name, standing="READY")
 
     async def ListNodes(self, request: sched.ListNodesRequest, context: Any) -> sched.ListNodesResponse:
         names = ["gpu-host-1", "gpu-host-2", *(["gpu-host-3"] if "gpu-host-3" in self._scheduling else [])]
@@ -123,6 +128,7 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
         if request.name not in ("gpu-host-1", "gpu-host-2", "gpu-host-3"):
             raise NotFoundError("NODE_NOT_FOUND", f"no node {request.name!r} has ever registered here")
         self._scheduling[request.name], self._gone = request.scheduling, 0
+        self.event("node.scheduling", node=request.name, scheduling=scheduling_from_proto(request.scheduling).value)
         return sched.SetNodeSchedulingResponse(node=self._node(request.name))
 
     def _node(self, name: str) -> types_pb2.Node:
@@ -144,6 +150,35 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
         if not token:
             self._gone += 1
         return sched.ListFleetInstancesResponse(instances=items, next_page_token=token)
+
+    async def ListFleetEvents(
+        self, request: sched.ListFleetEventsRequest, context: Any
+    ) -> sched.ListFleetEventsResponse:
+        since = request.since.ToNanoseconds() if request.HasField("since") else 0
+        found = [
+            one
+            for one in self._events
+            if request.function in ("", one.attributes.get("function"))
+            and request.node in ("", one.attributes.get("node"))
+            and one.time.ToNanoseconds() >= since
+        ]
+        items, token = page(found, request)
+        return sched.ListFleetEventsResponse(events=items, next_page_token=token)
+
+    def event(
+        self, name: str, level: types_pb2.Event.Level.ValueType = LEVEL.LEVEL_INFO, message: str = "", **attributes: str
+    ) -> None:
+        self._events.append(
+            types_pb2.Event(
+                time=CREATED,
+                first_time=CREATED,
+                name=name,
+                message=message,
+                attributes=attributes,
+                level=level,
+                count=1,
+            )
+        )
 
     def _left(self) -> list[types_pb2.Instance]:
         asked = self._scheduling.get(NODE.name, types_pb2.Node.SCHEDULING_NORMAL)

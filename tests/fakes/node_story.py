@@ -155,7 +155,9 @@ class Instances(inst_grpc.InstanceServiceServicer):
         return inst.ListEventsResponse(events=items, next_page_token=token)
 
     def _event(self, uid: str, name: str, **attributes: str) -> None:
-        self._events.append(types_pb2.Event(time=CREATED, instance_uid=uid, name=name, attributes=attributes))
+        event = types_pb2.Event(time=CREATED, first_time=CREATED, instance_uid=uid, name=name, attributes=attributes)
+        event.level, event.count = types_pb2.Event.LEVEL_INFO, 1
+        self._events.append(event)
 
     def _find(self, uid: str) -> types_pb2.Instance:
         known: dict[str, types_pb2.Instance] = {**self._hidden, **self._ended, **self._living}

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdlePolicy, InstanceState
+from agent.event_log import EventLog
 from agent.host.billing.billing import Billing
 from agent.host.instance.actor import Actor
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.node import Node, NodeSettings
 from agent.host.node.recovery import Recovery, RecoverySummary

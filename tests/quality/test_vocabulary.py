@@ -131,6 +131,7 @@ def test_a_reason_is_found_where_it_is_written(source: str, reason: str) -> None
         ('event = "gpu.lost" if gone else "gpu.found"\n_log.info(event)', "gpu.found"),
         ('self._events.add(uid, "gpu.lost", "text")', "gpu.lost"),
         ('context.events.add(uid, "gpu.lost" if gone else "gpu.found")', "gpu.found"),
+        ('self._events.warning("gpu.lost", node=name)', "gpu.lost"),
         ('ev.Note("gpu.lost", "text")', "gpu.lost"),
         ('self._events.add(uid, f"instance.{new.value.lower()}")', "instance.waiting_gpu"),
     ],

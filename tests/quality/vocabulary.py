@@ -89,7 +89,7 @@ def _event_of(call: ast.Call) -> ast.expr | None:
     if not isinstance(call.func, ast.Attribute):
         return None
     receiver = ast.unparse(call.func.value)
-    if call.func.attr in _LEVELS and _LOG.fullmatch(receiver) and call.args:
+    if call.func.attr in _LEVELS and (_LOG.fullmatch(receiver) or _EVENTS.fullmatch(receiver)) and call.args:
         return call.args[0]
     if call.func.attr == "add" and _EVENTS.fullmatch(receiver) and len(call.args) > 1:
         return call.args[1]

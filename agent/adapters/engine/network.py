@@ -18,7 +18,7 @@ import aiodocker
 
 from agent.adapters.engine.api import EngineApi, EngineError
 from agent.adapters.engine.container_config import STATE_LABEL
-from agent.core.errors import HibernodeError, InstanceError
+from agent.core.errors import InstanceError
 from agent.log import get_logger
 
 BRIDGES = Path("/sys/class/net")
@@ -53,18 +53,16 @@ class EngineNetwork:
         """Make the next `ensure` check again: the network may have been removed from outside."""
         self._ensured = False
 
-    async def remove_if_unused(self) -> bool:
-        """Remove the network. Returns False while a container, even one being removed, still uses it. A later start
-        creates it again."""
+    async def remove_if_unused(self) -> str:
+        """Remove the network. Returns why it stays (a container, even one being removed, still uses it, or the engine
+        fails), or "" once it is gone; a later start creates it again. Raises UnavailableError ENGINE_UNAVAILABLE."""
         async with self._lock:
             self._ensured = False
             try:
                 await self._api.call(self._delete)
-            except HibernodeError as error:
-                if isinstance(error, EngineError) and (error.not_found or _in_use(error)):
-                    return error.not_found
-                log.warning("engine.network_stays", network=self.name, error=str(error))
-            return True
+            except InstanceError as error:
+                return "" if isinstance(error, EngineError) and error.not_found else error.message
+            return ""
 
     async def isolate_ports(self) -> None:
         """Isolate every port of the bridge. Needed after each start: engines add ports at any time.
@@ -129,10 +127,6 @@ class EngineNetwork:
 
     def _failed(self, why: str) -> InstanceError:
         return InstanceError("NETWORK_FAILED", f"network {self.name} can't be used: {why}", network=self.name)
-
-
-def _in_use(error: EngineError) -> bool:
-    return error.status in (403, 409) or "being used" in error.text or "in use" in error.text
 
 
 def addresses_exhausted(text: str) -> bool:

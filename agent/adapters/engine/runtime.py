@@ -125,16 +125,22 @@ class EngineRuntime:
         await self._components.api.close()
 
     async def _remove_network(self) -> None:
-        """Remove the network, as soon as the engine has taken down its last container.
+        """Remove the network, as soon as the engine has taken down its last container. An engine that cannot be reached
+        is not waited for.
 
         Tries whatever `health` says: on a busy host one late answer marks the engine as unavailable."""
-        network = self._components.network
+        network, why = self._components.network, "the engine did not answer in time"
         try:
             async with asyncio.timeout(LEAVE_DEADLINE_S):
-                while not await network.remove_if_unused():  # noqa: ASYNC110 -- the engine announces nothing
+                while why_now := await network.remove_if_unused():
+                    why = why_now
                     await asyncio.sleep(NETWORK_PAUSE_S)
+                return
         except TimeoutError:
-            log.warning("engine.network_stays", network=network.name, error="in use, or the engine did not answer")
+            pass
+        except HibernodeError as error:
+            why = error.message
+        log.warning("engine.network_stays", network=network.name, error=why)
 
     # ---- start ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from agent.adapters.cuda.processes import CudaProcess
 from agent.adapters.freezer.limits import FreezerLimits, refused
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
-from agent.core.types import MIB
+from agent.core.sizes import shortage_in_mib
 from agent.log import get_logger
 from agent.ports import FreezeResult, GpuProcesses, Gpus
 
@@ -119,10 +119,10 @@ class VramProbe:
         if not short:
             return None
         uuid = short[0]
+        has, needs = shortage_in_mib(free[uuid], needed[uuid])
         return refused(
             "GPU_MEMORY_SHORT",
-            f"GPU {uuid} has {free[uuid]} bytes ({free[uuid] // MIB} MiB) free, the restore needs {needed[uuid]} "
-            f"({-(-needed[uuid] // MIB)} MiB); see nvidia-smi for who else uses it",
+            f"GPU {uuid} has {has} free, the restore needs {needs}; see nvidia-smi for who else uses it",
         )
 
     def _retry(self) -> None:

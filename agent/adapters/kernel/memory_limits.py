@@ -23,6 +23,7 @@ import msgspec
 from agent.adapters.kernel import cgroup
 from agent.adapters.kernel.memory_cgroup import V1_CAPS, V2_CAPS, Cap, MemoryCgroup
 from agent.core.gpus.host_memory import MARGIN_BYTES
+from agent.core.sizes import shortage_in_mib
 from agent.core.types import Handle
 from agent.log import get_logger
 
@@ -60,7 +61,8 @@ class MemoryLimits:
         wanted = need_bytes + MARGIN_BYTES
         above = own.headroom_above_bytes()
         if above is not None and above < wanted:
-            return f"a memory limit above the instance's own leaves {above} bytes, {wanted} are needed; raise that one"
+            leaves, needed = shortage_in_mib(above, wanted)
+            return f"a memory limit above the instance's own leaves {leaves}, {needed} are needed; raise that one"
         caps = own.own_caps()
         if all(cap.limit_bytes - cap.used_bytes >= wanted for cap in caps):
             return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
@@ -10,18 +11,19 @@ import click
 from agent.cli.console.log_text import stdout_writer
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import clock, wall_ns
-from agent.cli.daemon_calls import pages, with_agent
-from agent.cli.options import agent_options, bytes_of, cli_options, output_option, seconds_of
+from agent.cli.daemon_calls import pages, with_agent, with_scheduler
+from agent.cli.options import agent_options, bytes_of, cli_options, fleet_or_node_options, output_option, seconds_of
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
-from agent.v1 import types_pb2
+from agent.v1 import scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
-from agent.wire.json_view import to_json
+from agent.wire.json_view import short_name, to_json
 
 MAX_LINES = 1_000_000_000
 READ_S = 60.0
 FOLLOW_S = 86_400.0
+_COLUMNS = ("function", "node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,34 +91,65 @@ def logs(uid: str, tail: Tail | None, follow: bool, timeout_s: float | None) -> 
 
 @click.command()
 @click.argument("uid", default="")
+@click.option("--fleet", is_flag=True, help="Events of the scheduler: of functions, provisioning and nodes.")
+@click.option("--function", default="", metavar="NAME", help="With --fleet: only events of this function.")
+@click.option("--node", default="", metavar="NAME", help="With --fleet: only events of this node.")
 @click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only events newer than that, e.g. 10m.")
-@agent_options
+@fleet_or_node_options
 @output_option
-def events(uid: str, since_s: float | None) -> None:
-    """Show the events of the node or of one instance, oldest first.
+def events(uid: str, fleet: bool, function: str, node: str, since_s: float | None) -> None:
+    """Show the events of the node or of one instance, or with --fleet those of the scheduler, oldest first.
+
+    An instance's own events are on its node. The scheduler's say what it decided and could not do: a deploy, an
+    instance placed or not, a schedule that it can't read, a node lost. Both daemons keep the newest 5,000 until they
+    are restarted.
 
     \b
     Examples:
       hibernode events --since 10m
       hibernode events i-3f9a
+      hibernode events --fleet --function ocr
+      hibernode events --fleet --node gpu-1 --since 1h
       hibernode events --output json | jq -r '.events[] | select(.name == "instance.frozen") | .time'
+      hibernode events --fleet -o json | jq -r '.events[] | select(.level == "ERROR") | .message'
     """
+    if fleet and uid:
+        raise click.UsageError(f"events of an instance are on its node; leave out --fleet, or leave out {uid}")
+    if not fleet and (function or node):
+        option = "--function" if function else "--node"
+        raise click.UsageError(f"{option} chooses among the events of the scheduler; add --fleet")
+    since = None if since_s is None else time_to_proto(max(0, wall_ns() - round(since_s * SECOND_NS)))
 
     async def list_events(channel: DaemonChannel) -> list[types_pb2.Event]:
-        since = None if since_s is None else time_to_proto(max(0, wall_ns() - round(since_s * SECOND_NS)))
         listing = pages(channel, channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid, since=since))
         return [event async for page in listing for event in page.events]
 
-    found = with_agent(list_events, "listing the events")
+    async def list_fleet_events(channel: DaemonChannel) -> list[types_pb2.Event]:
+        request = scheduler_service_pb2.ListFleetEventsRequest(function=function, node=node, since=since)
+        listing = pages(channel, channel.scheduler.ListFleetEvents, request)
+        return [event async for page in listing for event in page.events]
+
+    doing = "listing the events"
+    found = with_scheduler(list_fleet_events, doing) if fleet else with_agent(list_events, doing)
     if cli_options().json:
         show_json({"events": [to_json(one) for one in found]})
-        return
-    show_table(
-        ("TIME", "INSTANCE", "EVENT", "MESSAGE"),
-        ((clock(one.time), one.instance_uid or "-", one.name, _message(one)) for one in found),
-    )
+    elif fleet:
+        show_table(("TIME", "LEVEL", "FUNCTION", "NODE", "INSTANCE", "EVENT", "MESSAGE"), map(_fleet_row, found))
+    else:
+        show_table(
+            ("TIME", "INSTANCE", "EVENT", "MESSAGE"),
+            ((clock(one.time), one.instance_uid or "-", one.name, _message(one)) for one in found),
+        )
 
 
-def _message(event: types_pb2.Event) -> str:
-    data = " ".join(f"{key}={event.attributes[key]}" for key in sorted(event.attributes))
-    return " ".join(filter(None, (event.message, data))) or "-"
+def _fleet_row(event: types_pb2.Event) -> tuple[str, ...]:
+    level = short_name(types_pb2.Event.Level.DESCRIPTOR, event.level)
+    about = (event.attributes.get(key, "") or "-" for key in _COLUMNS)
+    return clock(event.time), level, *about, event.instance_uid or "-", event.name, _message(event, _COLUMNS)
+
+
+def _message(event: types_pb2.Event, elsewhere: Sequence[str] = ()) -> str:
+    """`elsewhere`: the attributes that have a column of their own."""
+    data = " ".join(f"{key}={event.attributes[key]}" for key in sorted(event.attributes) if key not in elsewhere)
+    often = f"({event.count} times since {clock(event.first_time)})" if event.count > 1 else ""
+    return " ".join(filter(None, (event.message, data, often))) or "-"

@@ -20,8 +20,8 @@ from agent.core.gpus.health import LOST
 from agent.core.instance_variables import cuda_numbers
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
+from agent.event_log import EventLog
 from agent.host.instance.actor import Actor
-from agent.host.instance.event_log import EventLog
 from agent.log import get_logger
 from agent.ports import Clock, Gpus, Timer
 

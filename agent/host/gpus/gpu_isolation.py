@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.core.types import MIB, GpuProcess, Handle
+from agent.event_log import EventLog
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor
-from agent.host.instance.event_log import EventLog
 from agent.ports import Gpus, Runtime
 
 LEAST_BYTES = MIB

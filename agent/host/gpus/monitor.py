@@ -15,8 +15,8 @@ from agent.core.gpus import health
 from agent.core.gpus.health import Effect, LiftCordon, NoAnswer, PutCordon, Sampled
 from agent.core.gpus.xid_codes import meaning_of
 from agent.core.types import SECOND_NS, GpuSample, Xid
+from agent.event_log import EventLog
 from agent.host.gpus.broker import GpuBroker
-from agent.host.instance.event_log import EventLog
 from agent.log import get_logger
 from agent.ports import Clock, GpuEvents, Gpus
 

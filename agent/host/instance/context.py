@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.lifecycle.machine import CANCELLED
 from agent.core.types import Handle
-from agent.host.instance.event_log import EventLog
+from agent.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
 from agent.http.request_ids import RequestIds
 from agent.ports import Clock, Freezer, InstanceStore, Runtime

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from agent.core.errors import HibernodeError
-from agent.host.instance.event_log import EventLog
+from agent.event_log import EventLog
 from agent.host.node.node import Node
 from agent.log import get_logger
 from agent.ports import ContainerEngine, Runtime

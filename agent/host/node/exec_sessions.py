@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.lifecycle.instance import Instance
 from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
+from agent.event_log import EventLog
 from agent.host.instance.actor import Actor
-from agent.host.instance.event_log import EventLog
 from agent.host.instance.waking import raise_if_failed
 from agent.host.node.node import Node
 from agent.host.node.pauses import paused_by_others

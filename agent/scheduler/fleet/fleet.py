@@ -18,7 +18,7 @@ from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.ports import Clock
 from agent.scheduler.fleet.away import Away
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
@@ -39,8 +39,6 @@ SERVING = frozenset(
     }
 )
 """Provisioning counts instances: a change between these states does not concern it."""
-
-_log = get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +89,7 @@ class Fleet:
     def __init__(
         self,
         clock: Clock,
+        events: EventLog,
         apply_event: Callable[[Event], None],
         changed: Callable[[], None],
         suspect_ns: int,
@@ -109,6 +108,7 @@ class Fleet:
         - `insecure`: accept addresses on other machines, although tokens travel there in clear text.
         """
         self._clock = clock
+        self._events = events
         self._apply_event = apply_event
         self._changed = changed
         self._first_seen = first_seen
@@ -171,7 +171,7 @@ class Fleet:
             node.synced = True
         elif not follows and node.synced:
             node.synced = False
-            _log.warning("fleet.gap", node=name, sequence=message.sequence)
+            self._events.warning("fleet.gap", node=name, sequence=message.sequence)
         if node.synced:
             self._apply(node, message)
         self._update_standing(node, message)
@@ -221,7 +221,7 @@ class Fleet:
         if silent < self._lost_ns:
             return
         node.standing = NodeStanding.LOST
-        _log.warning("fleet.node_lost", node=node.name, silent_ms=silent // 1_000_000)
+        self._events.warning("fleet.node_lost", node=node.name, silent_ms=silent // 1_000_000)
         self._apply_event(NodeLost(node.name))
         self._changed()
 
@@ -287,7 +287,7 @@ class Fleet:
             node.all_reported = False
         node.epoch = message.epoch
         node.load, node.gpus = NodeLoad(), registration.gpus
-        _log.info(
+        self._events.info(
             "fleet.node_registered",
             node=node.name,
             epoch=message.epoch,
@@ -314,7 +314,7 @@ class Fleet:
     def _instance(self, node: NodeRecord, load: InstanceLoad) -> bool:
         owner = self._owners.get(load.uid, node)
         if owner is not node:
-            _log.error("fleet.foreign_instance", node=node.name, uid=load.uid, owner=owner.name)
+            self._events.error("fleet.foreign_instance", node=node.name, uid=load.uid, owner=owner.name)
             return False
         before = node.instances.get(load.uid)
         if before is None and len(node.instances) >= MAX_INSTANCES_PER_NODE:
@@ -355,7 +355,7 @@ class Fleet:
         standing = NodeStanding.DRAINING if event.draining else NodeStanding.READY
         if node.standing is not standing:
             node.standing = standing
-            _log.info("fleet.node_heard", node=node.name, standing=standing.value)
+            self._events.info("fleet.node_heard", node=node.name, standing=standing.value)
             self._changed()
         self._apply_event(event)
 
@@ -363,6 +363,6 @@ class Fleet:
         if node.standing in (NodeStanding.SUSPECT, NodeStanding.LOST):
             return
         node.standing = NodeStanding.SUSPECT
-        _log.warning("fleet.node_suspect", node=node.name, why=why)
+        self._events.warning("fleet.node_suspect", node=node.name, why=why)
         self._apply_event(NodeSuspect(node.name))
         self._changed()

@@ -6,19 +6,18 @@ import asyncio
 
 from agent.core.errors import NotFoundError
 from agent.core.provisioning.model import Scheduling
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
-
-_log = get_logger()
 
 
 class NodeScheduling:
     """Changes one node at a time; reads go to the fleet."""
 
-    def __init__(self, store: Store, fleet: Fleet) -> None:
+    def __init__(self, store: Store, fleet: Fleet, events: EventLog) -> None:
         self._store = store
         self._fleet = fleet
+        self._events = events
         self._writing = asyncio.Lock()
         self._unconfirmed: set[str] = set()  # the store may hold their last write or the one before
 
@@ -28,7 +27,7 @@ class NodeScheduling:
             if value in Scheduling.__members__:
                 self._fleet.set_scheduling(name, Scheduling(value))
             else:  # of another version: somebody wants something other than normal use
-                _log.error("node.scheduling_unreadable", node=name, scheduling=value)
+                self._events.error("node.scheduling_unreadable", node=name, scheduling=value)
                 self._fleet.set_scheduling(name, Scheduling.CORDONED)
 
     async def put(self, name: str, scheduling: Scheduling) -> None:
@@ -43,4 +42,4 @@ class NodeScheduling:
             await self._store.put_node_scheduling(name, None if scheduling is Scheduling.NORMAL else scheduling.value)
             self._unconfirmed.discard(name)
             self._fleet.set_scheduling(name, scheduling)
-            _log.info("node.scheduling", node=name, scheduling=scheduling.value)
+            self._events.info("node.scheduling", node=name, scheduling=scheduling.value)

@@ -34,7 +34,7 @@ from agent.core.provisioning.autoscaling import (
     scheduled,
 )
 from agent.core.provisioning.model import parse_request_id
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.functions.catalog import Catalog
@@ -45,7 +45,6 @@ from agent.v1.types_pb2 import Instance
 
 CHECK_S = 1.0
 _GOING = (Instance.STATE_STOPPING, *ENDED)
-_log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +93,7 @@ class Autoscaler:
     def __init__(
         self,
         clock: Clock,
+        events: EventLog,
         catalog: Catalog,
         fleet: Fleet,
         dispatcher: Dispatcher,
@@ -103,6 +103,7 @@ class Autoscaler:
         last_targets: LastTargets,
     ) -> None:
         self._clock = clock
+        self._events = events
         self._catalog = catalog
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -221,7 +222,7 @@ class Autoscaler:
         changed = self._catalog.set_target(name, decided)
         if changed:
             before, by = function.target, decided.decided_by
-            _log.info("scaling.decided", function=name, target=decided.target, before=before, decided_by=by)
+            self._events.info("scaling.decided", function=name, target=decided.target, before=before, decided_by=by)
         return changed
 
     def _last_target(self, function: Deployed, view: View, all_reported: bool) -> int | None:

@@ -19,7 +19,7 @@ from agent.core.natural_order import natural_key
 from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
 from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.ports import Clock
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.deploy_rules import Defaults, checked, checked_provision, set_idle_mode, warnings_of
@@ -28,8 +28,6 @@ from agent.v1 import types_pb2
 from agent.v1.function_service_pb2 import DeployFunctionRequest, ProvisionConfig
 from agent.wire.convert_function import function_from_proto, stored_function
 
-_log = get_logger()
-
 
 class Catalog:
     """All functions. `apply_event` sends events to the dispatcher; `changed` is called after every change."""
@@ -37,6 +35,7 @@ class Catalog:
     def __init__(
         self,
         clock: Clock,
+        events: EventLog,
         store: Store,
         apply_event: Callable[[Event], None],
         changed: Callable[[], None],
@@ -45,6 +44,7 @@ class Catalog:
     ) -> None:
         """`gpu_check`: see GpuCheck (gpu_check.py)."""
         self._clock = clock
+        self._events = events
         self._store = store
         self._apply_event = apply_event
         self._changed = changed
@@ -101,7 +101,7 @@ class Catalog:
         self._revisions = await self._store.revisions()
         configs = await self._store.provision_configs()
         for row in await self._store.functions():
-            self._put(deployed_of(row, configs.get(row.name, b"")))
+            self._put(deployed_of(row, configs.get(row.name, b""), self._events))
 
     async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
         """Create or replace a function; `validate_only` changes nothing. Returns it as deployed, and warnings.
@@ -219,7 +219,7 @@ class Catalog:
             self._problems.pop(name, None)
             self._deploys.pop(name, None)
             self._unconfirmed.discard(name)
-            _log.info("function.deleted", function=name)
+            self._events.info("function.deleted", function=name)
 
     def set_problem(self, name: str, problem: Problem | None) -> None:
         """Set why the function has fewer instances than its target; None if there is no problem."""
@@ -233,7 +233,9 @@ class Catalog:
             self._problems[name] = problem
             if before is None or before.news != problem.news:
                 reason, message, attempt = problem.news
-                _log.warning("function.degraded", function=name, reason=reason, message=message, attempt=attempt)
+                self._events.warning(
+                    "function.degraded", function=name, reason=reason, message=message, attempt=attempt
+                )
         if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
 
@@ -270,7 +272,7 @@ class Catalog:
         self._put(deployed)
         self._changed()
         deployed = self._functions[name]
-        _log.info("function.deployed", function=name, revision=revision, target=deployed.target)
+        self._events.info("function.deployed", function=name, revision=revision, target=deployed.target)
         return deployed
 
     def _next_revision(self, before: Deployed | None, message: types_pb2.FunctionSpec) -> str:

@@ -15,7 +15,7 @@ from agent.core.function_rules import MAX_TIMEOUT_NS
 from agent.core.provisioning.autoscaling import MAX_TARGET, Provisioning, Unreadable
 from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.scheduler.database.store import FunctionRow
 from agent.v1 import types_pb2
 from agent.v1.function_service_pb2 import Function, HttpTrigger, ProvisionConfig
@@ -23,7 +23,6 @@ from agent.wire.convert_function import function_from_proto, stored_function
 from agent.wire.convert_provision import ALWAYS, stored_provisioning
 
 _AUTH_TYPES = (HttpTrigger.AUTH_TYPE_UNSPECIFIED, HttpTrigger.AUTH_TYPE_ANONYMOUS)
-_log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def stored_config(config: ProvisionConfig) -> bytes:
     return config.SerializeToString(deterministic=True)
 
 
-def deployed_of(row: FunctionRow, stored: bytes) -> Deployed:
+def deployed_of(row: FunctionRow, stored: bytes, events: EventLog) -> Deployed:
     """The stored function. `stored`: its schedule and policies, b"" if it has none. Never raises."""
     message, spec, problem, spec_lost = _spec_of(row)
     triggers, closed = _triggers_of(row)
@@ -116,9 +115,9 @@ def deployed_of(row: FunctionRow, stored: bytes) -> Deployed:
         closed=closed,
     )
     if found.unreadable:
-        _log.error("function.not_understood", function=row.name, message=found.unreadable)
+        events.error("function.not_understood", function=row.name, message=found.unreadable)
     for one in provisioning.unreadable:
-        _log.error("provision.not_understood", function=row.name, message=one.problem)
+        events.error("provision.not_understood", function=row.name, message=one.problem)
     return found
 
 

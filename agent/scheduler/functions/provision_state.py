@@ -14,7 +14,7 @@ from agent.core.provisioning.placement import Unplaceable
 from agent.core.provisioning.problem import Obstacle, Problem, problem_of
 from agent.core.provisioning.reconcile import Attempts, Failure, ReconcilePlan, came_up, failed, skipped
 from agent.core.types import SECOND_NS, InstanceState
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_enums import state_from_proto
@@ -27,8 +27,6 @@ REPORT_DUE_NS = 15 * SECOND_NS
 OLD_NS = 60 * SECOND_NS
 """If a create is answered with an ended instance older than this, an earlier run of the scheduler created it."""
 HAS_ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
-
-_log = get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +43,8 @@ class ProvisionState:
     - `serving_at_stop`: how many of `revision` served when an older instance last gave way to them; -1 if none has.
     """
 
+    function: str
+    events: EventLog
     revision: str = ""
     deploys: int = 0
     attempts: defaultdict[int, Attempts] = field(default_factory=lambda: defaultdict(Attempts))
@@ -99,7 +99,7 @@ class ProvisionState:
 
     def created(self, made_by: RequestId, instance: Instance, node: str, fleet: Fleet, now: int, wall_ns: int) -> None:
         state = state_from_proto(instance.state)
-        _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
+        self.events.info("provision.created", about=self.function, request_id=str(made_by), uid=instance.uid, node=node)
         tried = self.attempts[made_by.ordinal]
         self.refused = None
         if state in HAS_ENDED:
@@ -131,7 +131,8 @@ class ProvisionState:
         else:
             failure = Failure(error.reason, error.message, wall_ns, node)
             self.attempts[made_by.ordinal] = failed(tried, made_by.attempt, now, failure)
-        _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
+        about, reason = self.function, error.reason
+        self.events.warning("provision.create_failed", about=about, request_id=str(made_by), node=node, reason=reason)
 
     def problem(
         self, todo: ReconcilePlan, unplaceable: Unplaceable | None, here: list[ObservedInstance], now: int
@@ -167,4 +168,5 @@ class ProvisionState:
         message = (load.state_message if load is not None else "") or f"instance {made_by} ended"
         failure = Failure(reason, message, wall_ns, one.node, uid)
         self.attempts[made_by.ordinal] = failed(self.attempts[made_by.ordinal], made_by.attempt, now, failure)
-        _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid, reason=reason)
+        about = self.function
+        self.events.warning("provision.instance_ended", about=about, request_id=str(made_by), uid=uid, reason=reason)

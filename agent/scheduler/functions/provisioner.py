@@ -36,7 +36,7 @@ from agent.core.provisioning.placement import (
 )
 from agent.core.provisioning.reconcile import Create, DesiredState, ReconcilePlan, Stop, plan
 from agent.core.types import SECOND_NS, InstanceState, StopCause
-from agent.log import get_logger
+from agent.event_log import EventLog
 from agent.ports import Clock
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
@@ -58,7 +58,6 @@ ROUND_S = 5.0
 PAUSE_S = 0.02
 """Shortest pause between rounds. A pause also lasts at least ten times as long as the round before it, so that a large
 fleet that keeps changing costs a tenth of a core at most."""
-_log = get_logger()
 
 
 class Provisioner:
@@ -67,12 +66,14 @@ class Provisioner:
     def __init__(
         self,
         clock: Clock,
+        events: EventLog,
         catalog: Catalog,
         fleet: Fleet,
         channels: AgentChannels,
         apply_event: Callable[[Event], None],
     ) -> None:
         self._clock = clock
+        self._events = events
         self._catalog = catalog
         self._fleet = fleet
         self._channels = channels
@@ -117,7 +118,7 @@ class Provisioner:
             try:
                 again = min(again, await self._one(function, observed.get(function.spec.name, {}), now))
             except HibernodeError as error:
-                _log.error("provision.round_failed", function=function.spec.name, reason=error.reason)
+                self._events.error("provision.round_failed", function=function.spec.name, reason=error.reason)
         known = {function.spec.name for function in functions}
         known |= self._stop_orphans(observed, known)
         for name in [name for name in self._states if name not in known]:
@@ -132,7 +133,7 @@ class Provisioner:
         """
         orphaned = {name for name in observed if name not in known and self._catalog.was_deleted(name)}
         for name in orphaned:
-            state = self._states.setdefault(name, ProvisionState())
+            state = self._states.setdefault(name, ProvisionState(name, self._events))
             state.stopping &= set(observed[name])
             for one in observed[name].values():
                 if not (one.on_lost_node or one.state in HAS_ENDED or one.state is InstanceState.STOPPING):
@@ -143,7 +144,7 @@ class Provisioner:
 
     async def _one(self, function: Deployed, reported: dict[str, ObservedInstance], now: int) -> int:
         name = function.spec.name
-        state = self._states.setdefault(name, ProvisionState())
+        state = self._states.setdefault(name, ProvisionState(name, self._events))
         if function.spec_lost and not function.deleting:
             return now + int(ROUND_S * SECOND_NS)  # its instances can't be made again, and so they must not go
         state.follow_deploys(function.spec.revision, self._catalog.deploys(name))
@@ -215,7 +216,7 @@ class Provisioner:
             return True
         occupants = (Occupant(one.uid, one.node, one.gpus) for one in todo.may_give_way)
         uids = instances_to_stop(function.spec, views, occupants)
-        if not uids or todo.coming_up:
+        if not uids or todo.coming_up or state.creating:  # creating: also a create of this very round
             return bool(uids)
         serving = state.serving(here)
         if why.reason == "HOST_MEMORY_SHORT" and serving <= state.serving_at_stop:
@@ -267,7 +268,9 @@ class Provisioner:
                 self._apply_event(InstanceRetired(one.uid, retired=False))
 
     async def _stop(self, state: ProvisionState, stop: Stop) -> None:
-        _log.info("provision.stopping", uid=stop.uid, node=stop.node, cause=stop.cause.value)
+        self._events.info(
+            "provision.stopping", about=state.function, uid=stop.uid, node=stop.node, cause=stop.cause.value
+        )
         request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS, cause=stop_cause_to_proto(stop.cause))
         try:
             channel = self._channels.channel(stop.node)
@@ -275,10 +278,13 @@ class Provisioner:
         except NotFoundError:
             pass  # it has ended already
         except DeadlineError:
-            _log.info("provision.draining", uid=stop.uid, node=stop.node)
+            self._events.info("provision.draining", about=state.function, uid=stop.uid, node=stop.node)
             state.stopping.discard(stop.uid)
         except HibernodeError as error:
-            _log.warning("provision.stop_failed", uid=stop.uid, node=stop.node, reason=error.reason)
+            about = state.function
+            self._events.warning(
+                "provision.stop_failed", about=about, uid=stop.uid, node=stop.node, reason=error.reason
+            )
             await asyncio.sleep(RETRY_NS / SECOND_NS)
             state.stopping.discard(stop.uid)
         self.poke()

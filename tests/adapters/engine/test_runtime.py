@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL
 from agent.adapters.engine.containers import ListedContainer
+from agent.adapters.engine.runtime import LEAVE_DEADLINE_S
 from agent.core.errors import (
     ConflictError,
     HibernodeError,
@@ -131,22 +132,42 @@ async def test_network_is_removed_after_a_check_that_took_too_long(rig: EngineRi
     rig.restart()
 
 
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (403, "network has active endpoints"),
+        (409, "network is being used"),
+        (500, "failed to set IFF_DOWN: device or resource busy"),
+    ],
+)
 async def test_network_that_stays_in_use_is_reported_and_bounded(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch, status: int, text: str
 ) -> None:
     await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
     monkeypatch.setattr("agent.adapters.engine.runtime.NETWORK_PAUSE_S", 0.01)
-    rig.engine.refusals["DELETE networks"] = Refusal(403, "network has active endpoints", times=20)
+    rig.engine.refusals["DELETE networks"] = Refusal(status, text, times=20)
     await rig.runtime.close()
     assert rig.engine.networks == {}, "the engine needs as long as it needs, within the deadline"
 
     rig.restart()
     await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
     monkeypatch.setattr("agent.adapters.engine.runtime.LEAVE_DEADLINE_S", 0.2)
-    rig.engine.refusals["DELETE networks"] = Refusal(403, "network has active endpoints")
+    rig.engine.refusals["DELETE networks"] = Refusal(status, text)
     with capture_logs() as lines:
         await rig.runtime.close()
     assert [line["event"] for line in lines] == ["engine.network_stays"]
+    assert text in lines[0]["error"]
+    rig.restart()
+
+
+async def test_an_engine_that_is_gone_does_not_delay_the_end(rig: EngineRig) -> None:
+    await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
+    await rig.engine.down()
+    with capture_logs() as lines:
+        async with asyncio.timeout(LEAVE_DEADLINE_S / 3):
+            await rig.runtime.close()
+    assert [line["event"] for line in lines] == ["engine.network_stays"]
+    await rig.engine.up()
     rig.restart()
 
 

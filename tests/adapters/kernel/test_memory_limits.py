@@ -133,6 +133,18 @@ def test_record_of_another_boot_changes_no_cgroup(own: MemoryCgroup, tmp_path: P
     assert not list((tmp_path / "limits").iterdir())
 
 
+def test_a_limit_above_the_own_one_is_named_in_its_unit(own: MemoryCgroup, tmp_path: Path) -> None:
+    limits, usage = FILES[own.version]
+    for name in limits:
+        (own.path.parent / name).write_text(f"{300 * MIB}\n")
+    for name in {usage, MEMSW_USED}:
+        (own.path.parent / name).write_text(f"{250 * MIB}\n")
+    (own.path.parent / "memory.stat").write_text("inactive_file 0\n")
+    why = MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)
+    assert why == "a memory limit above the instance's own leaves 50 MiB, 128 MiB are needed; raise that one"
+    assert limits_of(own) == {200 * MIB}
+
+
 def test_shared_limit_is_not_raised(own: MemoryCgroup, tmp_path: Path) -> None:
     (own.path / "cgroup.procs").write_text("4711\n4712\n")
     assert "shared" in MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)

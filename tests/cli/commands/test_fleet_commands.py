@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from agent.cli.commands.deploy import spec_to_proto
+from agent.cli.commands.logs_events import _message
 from agent.cli.fc3.load import load_s_yaml
-from agent.v1.types_pb2 import FunctionSpec
+from agent.v1.types_pb2 import Event, FunctionSpec
 from tests.cli.commands.test_node_commands import MINIMAL
 from tests.cli.conftest import Run
 from tests.cli.fc3.test_s_yaml import EXAMPLE
@@ -144,3 +145,43 @@ def test_nodes_and_instances_of_the_fleet(at_home: Run) -> None:
         ["gpu-host-1", "i-cold"],
         ["gpu-host-1", "i-chat"],
     ]
+
+
+def test_events_of_the_fleet(at_home: Run, s_yaml: Path) -> None:
+    done = at_home("events", "--fleet", "--node", "gpu-host-2")
+    assert (done.code, done.out.splitlines()[0].split()) == (
+        0,
+        ["TIME", "LEVEL", "FUNCTION", "NODE", "INSTANCE", "EVENT", "MESSAGE"],
+    )
+    assert done.words[1][2:] == ["WARNING", "-", "gpu-host-2", "-", "fleet.node_lost", "silent_ms=10000"]
+    listed = at_home("events", "--fleet", "-o", "json").json["events"]
+    assert [one["name"] for one in listed][:3] == ["fleet.node_lost", "fleet.node_registered", "fleet.node_heard"]
+    assert (listed[0]["level"], listed[0]["attributes"]["node"], listed[0]["count"]) == ("WARNING", "gpu-host-2", 1)
+    at_home("deploy", "-t", name_it(s_yaml, "told"))
+    at_home("deploy", "-t", name_it(s_yaml, "untold"))
+    done = at_home("events", "--fleet", "--function", "told")
+    assert [line[2:] for line in done.words[1:]] == [
+        ["INFO", "told", "-", "-", "function.deployed", "revision=1", "target=1"]
+    ]
+    assert at_home("events", "--fleet", "--since", "10m", "-o", "json").json == {"events": []}
+
+
+def test_events_say_how_often_the_same_one_happened() -> None:
+    event = Event(message="no room", attributes={"reason": "GPU_CAPACITY", "node": "gpu-1"}, count=57)
+    event.first_time.FromSeconds(1_767_225_600)
+    assert _message(event, ["node"]).startswith("no room reason=GPU_CAPACITY (57 times since 20")
+    event.count = 1
+    assert _message(event) == "no room node=gpu-1 reason=GPU_CAPACITY"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--function", "ocr"], "--function chooses among the events of the scheduler; add --fleet"),
+        (["--node", "gpu-1"], "--node chooses among the events of the scheduler; add --fleet"),
+        (["--fleet", "i-3f9a"], "events of an instance are on its node; leave out --fleet"),
+    ],
+)
+def test_an_event_has_one_place_where_it_is_asked_for(run: Run, arguments: list[str], text: str) -> None:
+    done = run("events", *arguments)
+    assert (done.code, text in done.err) == (2, True)

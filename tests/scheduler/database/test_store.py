@@ -15,6 +15,7 @@ from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
 from agent.core.errors import ConfigError, InvalidArgumentError, UnavailableError
 from agent.core.provisioning.problem import Problem
 from agent.core.types import DispatchPolicy
+from agent.event_log import EventLog
 from agent.scheduler.database.store import FunctionRow, Store
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
@@ -36,7 +37,8 @@ async def store(database_url: str) -> AsyncIterator[Store]:
 
 def catalog_on(store: Store) -> tuple[Catalog, list[Event]]:
     events: list[Event] = []
-    return Catalog(FakeClock(), store, events.append, lambda: None, DEFAULTS), events
+    clock = FakeClock()
+    return Catalog(clock, EventLog(clock), store, events.append, lambda: None, DEFAULTS), events
 
 
 def request(target: int = 1, name: str = "ocr", **spec: object) -> DeployFunctionRequest:

@@ -6,6 +6,7 @@ from agent.core.billing.absence import NO_END_NS, Absence
 from agent.core.dispatch.events import NodeLost
 from agent.core.dispatch.model import NodeStanding
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
@@ -27,6 +28,7 @@ class Rig:
         self.durable = durable
         self.fleet = Fleet(
             self.clock,
+            EventLog(self.clock),
             self._event,
             lambda: None,
             3 * SECOND_NS,

@@ -8,6 +8,7 @@ from agent.core.dispatch.events import Event, InstanceGone, InstanceReported, No
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import UNREACHABLE_NS, Fleet
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Gpu, Instance, Node
@@ -26,7 +27,10 @@ class FleetRig:
         self.changes = 0
         self.first_seen: list[str] = []
         first_seen = self.first_seen.append
-        self.fleet = Fleet(self.clock, self.events.append, self._change, 3 * SECOND_NS, 10 * SECOND_NS, first_seen)
+        self.event_log = EventLog(self.clock)
+        self.fleet = Fleet(
+            self.clock, self.event_log, self.events.append, self._change, 3 * SECOND_NS, 10 * SECOND_NS, first_seen
+        )
         self.sequence = 0
         self.stream = 0
         self.epoch = 1

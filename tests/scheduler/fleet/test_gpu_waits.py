@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.gpu_waits import GpuWaits
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
@@ -24,7 +25,7 @@ def report(clock: FakeClock, fleet: Fleet, *instances: tuple[str, str, Instance.
 
 def test_the_holder_is_named_with_its_time_and_requests_share_one_look() -> None:
     clock = FakeClock()
-    fleet = Fleet(clock, lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    fleet = Fleet(clock, EventLog(clock), lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
     waits = GpuWaits(fleet, clock)
     assert waits.why("ocr") == ""
     report(

@@ -142,7 +142,7 @@ async def test_an_update_does_not_stop_instances_on_a_drained_node(rig: Provisio
 async def test_a_drain_is_stored_before_it_takes_effect(rig: ProvisionerRig, store: Store, tmp_path: Path) -> None:
     await rig.scheduling.put("n1", DRAINED)
     again = ProvisionerRig(store)
-    scheduling = NodeScheduling(store, again.fleet)
+    scheduling = NodeScheduling(store, again.fleet, again.event_log)
     await scheduling.load()
     assert again.fleet.scheduling("n1") is DRAINED
     await scheduling.put("n1", NORMAL)

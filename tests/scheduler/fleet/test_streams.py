@@ -12,6 +12,7 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.api.scheduler_servicer import MAX_STREAMS, SchedulerServicer
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
@@ -26,9 +27,11 @@ TOKEN = "credential-of-gpu-1-0123456789"
 
 @asynccontextmanager
 async def a_scheduler(silence_s: float = 10.0) -> AsyncIterator[tuple[Fleet, DaemonChannel]]:
-    fleet = Fleet(SystemClock(), lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+    clock = SystemClock()
+    events = EventLog(clock)
+    fleet = Fleet(clock, events, lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
     tokens = TokenTable([(TOKEN, Principal("gpu-1", Role.NODE))])
-    servicer = SchedulerServicer(fleet, NodeScheduling(Store("sqlite://"), fleet), silence_s)
+    servicer = SchedulerServicer(fleet, NodeScheduling(Store("sqlite://"), fleet, events), events, silence_s)
     server = GrpcServer(Services(scheduler=servicer), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()

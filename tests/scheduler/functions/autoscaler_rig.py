@@ -7,6 +7,7 @@ from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Dispatch, Event, LeaseEnded, RequestArrived
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.functions.autoscaler import Autoscaler
@@ -30,13 +31,22 @@ class Rig:
     def __init__(self, store: Store) -> None:
         self.clock = FakeClock()
         self.dispatcher = Dispatcher()
-        self.fleet = Fleet(self.clock, self.apply, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.apply, self.catalog_changed, Defaults())
+        self.event_log = EventLog(self.clock)
+        self.fleet = Fleet(self.clock, self.event_log, self.apply, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(self.clock, self.event_log, store, self.apply, self.catalog_changed, Defaults())
         self.targets: list[int] = []
         self.last = LastTargets(store)
         period_ns = PERIOD_S * SECOND_NS
         self.scaler = Autoscaler(
-            self.clock, self.catalog, self.fleet, self.dispatcher, period_ns, Patience(), self.moved, self.last
+            self.clock,
+            self.event_log,
+            self.catalog,
+            self.fleet,
+            self.dispatcher,
+            period_ns,
+            Patience(),
+            self.moved,
+            self.last,
         )
         self.servicer = FunctionServicer(self.clock, self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")
         self.loads: dict[str, InstanceLoad] = {}

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from agent.core.dispatch.events import Event
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS, StopCause
+from agent.event_log import REPEAT_NS, EventLog
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
@@ -62,11 +63,16 @@ class ProvisionerRig:
         self.drains = False
         self.comes_up = True
         self.answer: Answer = self.running
-        self.fleet = Fleet(self.clock, self.events.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults(), GpuCheck(self.fleet))
-        self.scheduling = NodeScheduling(store, self.fleet)
+        self.event_log = EventLog(self.clock, repeat_ns=REPEAT_NS)
+        self.fleet = Fleet(self.clock, self.event_log, self.events.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(
+            self.clock, self.event_log, store, self.events.append, lambda: None, Defaults(), GpuCheck(self.fleet)
+        )
+        self.scheduling = NodeScheduling(store, self.fleet, self.event_log)
         channels = cast(AgentChannels, SimpleNamespace(channel=self._channel))
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, channels, self.events.append)
+        self.provisioner = Provisioner(
+            self.clock, self.event_log, self.catalog, self.fleet, channels, self.events.append
+        )
         self.agents: dict[str, Agent] = {}
         self.asked = ""
         self.memory = HostMemory()

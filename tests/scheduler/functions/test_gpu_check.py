@@ -9,6 +9,7 @@ import pytest
 
 from agent.core.errors import PreconditionError
 from agent.core.types import GIB, MIB, SECOND_NS
+from agent.event_log import EventLog
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.functions.catalog import Catalog
@@ -27,8 +28,11 @@ class Rig:
 
     def __init__(self, store: Store) -> None:
         self.clock = FakeClock()
-        self.fleet = Fleet(self.clock, lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, lambda event: None, lambda: None, Defaults(), GpuCheck(self.fleet))
+        events = EventLog(self.clock)
+        self.fleet = Fleet(self.clock, events, lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(
+            self.clock, events, store, lambda event: None, lambda: None, Defaults(), GpuCheck(self.fleet)
+        )
 
     def join(self, name: str, model: str, mib: int, *, mig: bool = False, **registration: object) -> None:
         gpu = Gpu(uuid=f"{name}-g", model=model, memory_total_bytes=mib * MIB, health=Gpu.HEALTH_CORDONED, mig=mig)

@@ -60,6 +60,25 @@ async def test_a_start_that_always_fails_is_given_up_until_a_deploy(rig: Provisi
     assert rig.catalog.problem("ocr") is None
 
 
+async def test_a_revision_that_never_comes_up_costs_one_old_instance_where_both_gpus_are_full(
+    rig: ProvisionerRig,
+) -> None:
+    await rig.deploy(target=2)
+    await rig.rounds(2)
+    old = rig.uids()
+    assert len(old) == 2
+    rig.answer = fails(rig, "FUNCTION_NOT_STARTED")
+    await rig.deploy(target=2, command=["broken"])
+    await rig.rounds(60, 1)
+    assert len([made for made in rig.creates if made.startswith("ocr/2/")]) == 2 * MAX_ATTEMPTS
+    assert (len(rig.stops), len(rig.uids() & old)) == (1, 1), "the other one serves on"
+    rig.answer = rig.running
+    await rig.deploy(target=2)
+    await rig.rounds(6, 1)
+    assert len(rig.uids()) == 2
+    assert not rig.uids() & old
+
+
 async def test_a_failure_is_shown_until_an_instance_has_come_up(rig: ProvisionerRig) -> None:
     rig.answer = fails(rig, "IMAGE_PULL_FAILED")
     await rig.deploy()
@@ -112,9 +131,46 @@ async def test_each_new_failure_is_logged_once(rig: ProvisionerRig) -> None:
     await rig.deploy()
     with capture_logs() as lines:
         await rig.rounds(20, 1)
+        rig.event_log.flush()
     attempts = [line["attempt"] for line in lines if line["event"] == "function.degraded"]
     assert attempts == list(range(1, len(attempts) + 1))
     assert len(attempts) >= 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ExhaustedError("GPU_CAPACITY", "full"), UnavailableError("UNREACHABLE", "no answer")],
+    ids=["full", "away"],
+)
+async def test_what_is_tried_again_and_again_is_one_event_of_its_function(
+    rig: ProvisionerRig, error: HibernodeError
+) -> None:
+    rig.answer = raises(error)
+    await rig.deploy()
+    await rig.rounds(200, 2)
+    assert len(rig.creates) > 100
+    found = [one for one in rig.event_log.read(function="ocr") if one.name == "provision.create_failed"]
+    assert [(one.attributes["reason"], one.attributes["node"], one.count) for one in found] == [
+        (error.reason, "n1", len(rig.creates))
+    ]
+    assert len(rig.event_log.read()) < 10
+
+
+async def test_a_function_finds_the_events_of_its_instances(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    other = FunctionSpec(name="other", entrypoint=["app"])
+    await rig.catalog.deploy(DeployFunctionRequest(spec=other, target=1))
+    await rig.rounds(3)
+    await rig.deploy(target=0)
+    await rig.rounds(2)
+    events = rig.event_log.read(function="ocr")
+    assert [(one.name, one.instance_uid) for one in events] == [
+        ("function.deployed", ""),
+        ("provision.created", "i1"),
+        ("function.deployed", ""),
+        ("provision.stopping", "i1"),
+    ]
+    assert [one.attributes["node"] for one in events if one.instance_uid] == ["n1", "n1"]
 
 
 async def test_a_create_without_an_answer_is_repeated_with_its_request_id(rig: ProvisionerRig) -> None:

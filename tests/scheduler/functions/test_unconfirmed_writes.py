@@ -96,7 +96,7 @@ async def test_a_repeated_put_after_an_unconfirmed_one_survives_a_restart(
 
 
 async def test_an_unconfirmed_cordon_can_be_undone(rig: Rig, store: Store, tmp_path: Path) -> None:
-    scheduling = NodeScheduling(store, rig.fleet)
+    scheduling = NodeScheduling(store, rig.fleet, rig.event_log)
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
         await scheduling.put("n1", Scheduling.CORDONED)
     assert rig.fleet.scheduling("n1") is Scheduling.NORMAL

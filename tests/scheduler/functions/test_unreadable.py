@@ -96,6 +96,9 @@ async def test_users_see_which_one_why_and_what_to_do(rig: Rig, store: Store) ->
     assert shown.functions[0].current_error_reason == "PROVISION_UNREADABLE"
     assert shown.functions[0].state == pb.Function.STATE_READY, "it has the instances it should have"
     assert listed.config.scheduled_actions[0].time_zone == "Nowhere/Land", "listed as it is, for people to mend"
+    (event,) = [one for one in again.event_log.read(function="ocr") if one.level == "error"]
+    assert event.name == "provision.not_understood"
+    assert all(part in event.message for part in ("'west'", "'Nowhere/Land'"))
 
 
 async def test_what_can_be_read_goes_on_and_heals(rig: Rig, store: Store) -> None:
@@ -114,6 +117,7 @@ async def test_what_can_be_read_goes_on_and_heals(rig: Rig, store: Store) -> Non
     await find_zone(store)
     healed = await again.restarted(store)
     assert (await healed.listed())[0].current_error == ""
+    assert not [one for one in healed.event_log.read() if one.level == "error"]
     healed.pass_time(1)
     assert healed.last.get("ocr") == healed.ocr.target
 
@@ -251,6 +255,8 @@ async def test_a_damaged_function_keeps_its_instances_until_it_is_deployed_again
     await again.catalog.load()
     await again.rounds(3, 10)
     assert (again.uids(), again.creates, again.stops) == ({"i1", "i2"}, [], [])
+    (event,) = [one for one in again.event_log.read(function="ocr") if one.name == "function.not_understood"]
+    assert (event.level, event.count, "deploy it again" in event.message) == ("error", 1, True)
     assert again.reason() == "FUNCTION_UNREADABLE"
     with pytest.raises(PreconditionError, match="deploy it again"):
         await again.catalog.put_provision("ocr", pb.ProvisionConfig(default_target=0))

@@ -12,6 +12,7 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
+from agent.event_log import EventLog
 from agent.http.limits import Limits
 from agent.http.request_ids import RequestIds
 from agent.http.server import DateHeader, Server, serve
@@ -111,7 +112,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     fakes = {name: FakeIngress(TOKEN.decode()) for name in names or ("n1",)}
     store = Store(f"sqlite:///{tmp}/scheduler.db")
     await store.open()
-    catalog = Catalog(clock, store, dispatch_loop.apply, lambda: None, Defaults())
+    catalog = Catalog(clock, EventLog(clock), store, dispatch_loop.apply, lambda: None, Defaults())
     ingresses = IngressPools(lambda name: f"127.0.0.1:{fakes[name].port}")
 
     def unreachable(name: str) -> None:
