@@ -117,7 +117,8 @@ def _is_of_type(need: GpuNeed, model: str, types: Mapping[str, str]) -> bool:
     if need.gpu_type.startswith(FC_TYPES):
         return not types
     asked, words = _words(need.gpu_type), _words(model)
-    return any(words[start : start + len(asked)] == asked for start in range(len(words) - len(asked) + 1))
+    starts = range(len(words) - len(asked) + 1) if asked else ()  # a type of no words, such as "-", is none
+    return any(words[start : start + len(asked)] == asked for start in starts)
 
 
 def _words(text: str) -> list[str]:

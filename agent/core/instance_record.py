@@ -31,8 +31,10 @@ class InstanceRecord:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRecord:
-    """A record that this version can't read: damaged, or of a newer version. `gpu_uuids`: as far as it tells them."""
+    """A record that this version can't read: damaged, or of a newer version. `gpu_uuids`, `handle`: as far as it tells
+    them."""
 
     uid: str
     gpu_uuids: tuple[str, ...]
     problem: str
+    handle: Handle | None = None

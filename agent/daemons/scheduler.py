@@ -31,6 +31,7 @@ from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
+from agent.core.billing.absence import Absence
 from agent.core.billing.price_book import PriceBook
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Wake
@@ -160,7 +161,7 @@ class SchedulerDaemon:
             lost_ns=config.report.lost_ns,
             first_seen=self._first_seen,
             insecure=config.insecure,
-            note_absence=lambda name: self._spawn(self._note_absence(name)),
+            note_absence=lambda name, absence: self._spawn(self._note_absence(name, absence)),
             returned=lambda name, absence: self._spawn(self.absences.end(name, self.clock.wall_ns(), absence)),
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet, self.events)
@@ -230,7 +231,8 @@ class SchedulerDaemon:
         await self.usage.open()
         away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
         configured = {node.name for node in self._config.nodes}
-        for name in await self.store.nodes():
+        # A node that is given up is known, even if it could not be stored when it was first seen.
+        for name in {**dict.fromkeys(await self.store.nodes()), **away_since}:
             if name in configured:
                 self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
@@ -271,10 +273,10 @@ class SchedulerDaemon:
 
         self._spawn(remember())
 
-    async def _note_absence(self, name: str) -> None:
+    async def _note_absence(self, name: str, absence: Absence | None) -> None:
         """Note durably that a node is given up, then replace its instances. A database that fails delays that only by
         `NOTE_ABSENCE_S`; it is tried again."""
-        noting = asyncio.get_running_loop().create_task(self.absences.begin(name, self.clock.wall_ns()))
+        noting = asyncio.get_running_loop().create_task(self.absences.begin(name, self.clock.wall_ns(), absence))
         self._background.add(noting)
         noting.add_done_callback(self._background.discard)
         await asyncio.wait({noting}, timeout=NOTE_ABSENCE_S)

@@ -58,6 +58,7 @@ def test_unknown_memory_is_enough() -> None:
         ("A10", A100, False),
         ("L2", L20, False),
         ("80GB H100", H100, False),
+        ("-", H100, False),
     ],
 )
 def test_a_type_that_nothing_maps_is_words_of_the_model(gpu_type: str, gpu: GpuView, fits: bool) -> None:

@@ -6,7 +6,10 @@ import asyncio
 import csv
 import io
 import json
+import signal
+import sqlite3
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from decimal import Decimal
@@ -16,13 +19,16 @@ import pytest
 
 from agent.cli.commands.usage import list_usage
 from agent.core.billing.window import UsageWindow
-from agent.core.errors import InvalidArgumentError, PermissionDeniedError
+from agent.core.errors import InvalidArgumentError, PermissionDeniedError, UnavailableError
 from agent.core.types import GIB, SECOND_NS
 from agent.daemons.scheduler import PRICE_BOOK
+from agent.v1.scheduler_service_pb2 import ListNodesRequest
+from agent.v1.types_pb2 import Node
 from agent.v1.usage_service_pb2 import ListUsageRequest, ReconcileUsageRequest, UploadUsageWindowsRequest
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_usage import window_to_proto
-from tests.daemons.test_scheduler import NODE_TOKEN, Daemon, running
+from tests.daemons.test_scheduler import NODE_TOKEN, Daemon, end, running
+from tests.fakes.agent_node import FakeAgentNode
 
 WINDOW = UsageWindow(
     instance_uid="i-1",
@@ -171,6 +177,80 @@ async def test_later_windows_are_taken_though_the_earlier_ones_are_not_here(daem
     async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
         answer = await agent.call(agent.usage.UploadUsageWindows, late, 10)
     assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 501)]
+
+
+@pytest.mark.parametrize("boot_id", ["boot-1", "boot-2"])
+async def test_what_a_node_meters_while_it_is_given_up_is_not_billed_also_if_its_host_is_rebooted_then(
+    daemon: Daemon, boot_id: str
+) -> None:
+    node = FakeAgentNode("gpu-1", NODE_TOKEN)
+    request = UploadUsageWindowsRequest()
+    try:
+        await node.start(daemon.endpoints["grpc"])
+        await _until_node_is(daemon, Node.STATE_READY)
+        _add(request, 0, time.monotonic_ns() - 10 * SECOND_NS)
+        await node.kill()
+        await _until_node_is(daemon, Node.STATE_LOST)
+        _add(request, 1, time.monotonic_ns())
+        await asyncio.sleep(1)  # the duration
+        node.boot_id = boot_id
+        await node.start(daemon.endpoints["grpc"])
+        await _upload(daemon, request)
+    finally:
+        await node.kill()
+    asked = ListUsageRequest(include_windows=True, page_token="windows/")
+    listed = await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
+    assert [(one.seq, one.unbilled_ns) for one in listed.windows] == [(0, 0), (1, SECOND_NS)]
+
+
+async def test_a_node_that_was_given_up_is_let_back_by_the_next_scheduler_even_if_it_could_not_be_stored(
+    tmp_path: Path,
+) -> None:
+    node, request = FakeAgentNode("gpu-1", NODE_TOKEN), UploadUsageWindowsRequest()
+    _add(request, 0, time.monotonic_ns())
+    try:
+        async with running(tmp_path) as first:
+            await node.start(first.endpoints["grpc"])
+            await _until_node_is(first, Node.STATE_READY)
+            await node.kill()
+            await _until_node_is(first, Node.STATE_LOST)
+            await end(first, signal.SIGKILL)
+        with sqlite3.connect(tmp_path / "state" / "scheduler.db") as database:
+            assert database.execute("DELETE FROM nodes").rowcount == 1
+        database.close()
+        async with running(tmp_path) as second:
+            await node.start(second.endpoints["grpc"])
+            await _upload(second, request)
+    finally:
+        await node.kill()
+
+
+async def _upload(daemon: Daemon, request: UploadUsageWindowsRequest) -> None:
+    """Repeat it until the node is back."""
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent, asyncio.timeout(20):
+        while True:
+            try:
+                await agent.call(agent.usage.UploadUsageWindows, request, 10)
+                return
+            except UnavailableError as error:
+                if error.reason != "NODE_GIVEN_UP":
+                    raise
+            await asyncio.sleep(0.1)
+
+
+def _add(request: UploadUsageWindowsRequest, seq: int, start_ns: int) -> None:
+    """A second of the boot `boot-1`."""
+    window = replace(WINDOW, seq=seq, start_mono_ns=start_ns, end_mono_ns=start_ns + SECOND_NS)
+    request.windows.append(window_to_proto(replace(window, active_ns=0, idle_ns=SECOND_NS)))
+
+
+async def _until_node_is(daemon: Daemon, state: Node.State.ValueType) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            answer = await daemon.channel.call(daemon.channel.scheduler.ListNodes, ListNodesRequest(), 10)
+            if [node.state for node in answer.nodes] == [state]:
+                return
+            await asyncio.sleep(0.05)
 
 
 async def test_only_a_node_may_upload(daemon: Daemon) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -344,6 +345,7 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
     stopped: list[str] = field(default_factory=list)
     created: list[str] = field(default_factory=list)
     epoch: int = 1
+    boot_id: str = "boot-1"
     wake_gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -521,6 +523,7 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
         self._something.clear()
         load = NodeLoad(state=Node.STATE_READY, host_memory=_MEMORY, gpus=self._gpus())
         message = ReportLoadRequest(epoch=self.epoch, sequence=sequence, snapshot=self._snapshot_due, load=load)
+        message.monotonic_ns = time.monotonic_ns()
         if sequence == 1:
             message.registration.CopyFrom(self.registration())
         reported = list(self.instances) if self._snapshot_due else list(self._changed)
@@ -534,7 +537,7 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
     def registration(self) -> Registration:
         """What it says of itself."""
         return Registration(
-            boot_id="boot-1",
+            boot_id=self.boot_id,
             agent_version="0.1",
             ingress_address=f"127.0.0.1:{self.ingress.port}",
             grpc_address=f"127.0.0.1:{self._grpc_port}",

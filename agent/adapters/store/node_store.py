@@ -81,10 +81,17 @@ class NodeStore:
 
     async def last_windows(self) -> Sequence[UsageWindow]:
         """Where a row can't be read, an empty window stands for it, so that no `seq` is used twice."""
-        return await self._windows(rows.LAST_WINDOWS, (), stand_in=True)
+        return self._readable(await self._rows(rows.LAST_WINDOWS, ()), stand_in=True)
 
     async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
-        return await self._windows(rows.UNACKNOWLEDGED, (limit,))
+        """At least one if there is any: rows that can't be read keep nothing behind them from being uploaded."""
+        offset = 0
+        while True:
+            page = await self._rows(rows.UNACKNOWLEDGED, (limit, offset))
+            windows = self._readable(page)
+            if windows or len(page) < limit:
+                return windows
+            offset += limit
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
         """Ignores keys that are unknown or not sealed."""
@@ -114,10 +121,17 @@ class NodeStore:
         statement = "SELECT uid, record FROM instances ORDER BY uid"
         return await self._thread.run(lambda db: db.execute(statement).fetchall())
 
-    async def _windows(self, query: str, values: tuple[object, ...], *, stand_in: bool = False) -> list[UsageWindow]:
-        """The windows of a query. A row that is not a window stays in the file, and takes no other with it."""
+    async def _windows(self, query: str, values: tuple[object, ...]) -> list[UsageWindow]:
+        """The windows of a query that can be read."""
+        return self._readable(await self._rows(query, values))
+
+    async def _rows(self, query: str, values: tuple[object, ...]) -> list[tuple[object, ...]]:
+        return await self._thread.run(lambda db: db.execute(query, values).fetchall())
+
+    def _readable(self, page: Sequence[tuple[object, ...]], *, stand_in: bool = False) -> list[UsageWindow]:
+        """The windows of rows. A row that is not a window stays in the file, and takes no other with it."""
         found = []
-        for row in await self._thread.run(lambda db: db.execute(query, values).fetchall()):
+        for row in page:
             try:
                 found.append(rows.window_of(row))
             except ValueError as error:

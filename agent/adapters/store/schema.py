@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
 from agent.core.billing.window import UsageWindow
 from agent.core.instance_record import InstanceRecord, UnreadableRecord
+from agent.core.types import Handle
 
 # Entry i migrates from version i to i + 1 (PRAGMA user_version). Never edit one that was released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -58,7 +60,7 @@ LAST_WINDOWS = (
     "(SELECT instance_uid, max(seq) FROM windows GROUP BY instance_uid) ORDER BY instance_uid"
 )
 UNACKNOWLEDGED = (
-    f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ?"
+    f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ? OFFSET ?"
 )
 ACKNOWLEDGE = "UPDATE windows SET acknowledged = 1 WHERE instance_uid = ? AND seq = ? AND sealed = 1"
 REFUSE = "UPDATE windows SET acknowledged = 2 WHERE instance_uid = ? AND seq = ? AND sealed = 1 AND acknowledged = 0"
@@ -76,16 +78,21 @@ PUT_INSTANCE = (
 )
 
 _RECORD = msgspec.json.Decoder(InstanceRecord)
+_T = TypeVar("_T", "_Gpus", "_Process")
 
 
 @dataclass(frozen=True, slots=True)
-class _Remnant:
-    """What a record of any version may still tell."""
+class _Gpus:
+    """What a record of any version may still tell: its GPUs ..."""
 
     gpu_uuids: tuple[str, ...] = ()
 
 
-_REMNANT = msgspec.json.Decoder(_Remnant)
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """... and its process or container."""
+
+    handle: Handle | None = None
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -147,13 +154,18 @@ def record_of(data: bytes) -> InstanceRecord:
 
 
 def unreadable_record(uid: str, data: bytes) -> UnreadableRecord | None:
-    """None if the bytes are a record."""
+    """None if the bytes are a record. In a damaged file they may be a value of any type: TypeError."""
     try:
         _RECORD.decode(data)
-    except ValueError as error:
-        try:
-            gpus = _REMNANT.decode(data).gpu_uuids
-        except ValueError:
-            gpus = ()
-        return UnreadableRecord(uid, gpus, str(error))
+    except (ValueError, TypeError) as error:
+        gpus, process = _remnant(data, _Gpus), _remnant(data, _Process)
+        return UnreadableRecord(uid, gpus.gpu_uuids, str(error), process.handle)
     return None
+
+
+def _remnant(data: bytes, part: type[_T]) -> _T:
+    """The part of a record, empty if that can't be read either."""
+    try:
+        return msgspec.json.decode(data, type=part)
+    except (ValueError, TypeError):
+        return part()

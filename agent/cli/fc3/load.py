@@ -35,11 +35,12 @@ _DURATIONS = ("freezeAfter", "minAwake", "queueTimeout")
 _AS_WRITTEN: tuple[KeyPath, ...] = (
     ("environmentVariables",),
     ("customContainerConfig", "registryConfig", "authConfig"),
+    ("gpuConfig", "gpuType"),
     ("hibernode", "user"),
     ("hibernode", "extraHosts"),
     ("hibernode", "nodeLabels"),
 )
-"""Texts that YAML would convert, such as a password 123 to a number."""
+"""Texts that YAML would convert, such as a password 123 or a model 4090 to a number."""
 _KEYS: dict[str, KeyPath] = {
     "container.shm_bytes": ("hibernode", "shmSize"),
     "container.user": ("hibernode", "user"),

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 
 from agent.core.billing.window import UsageWindow
 
+NO_END_NS = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """From when to when a node was given up, in CLOCK_MONOTONIC ns of its boot `boot_id`."""
+    """From when to when a node was given up, in CLOCK_MONOTONIC ns of its boot `boot_id`. `NO_END_NS`: to the end of
+    that boot."""
 
     boot_id: str
     start_mono_ns: int

@@ -62,6 +62,7 @@ class Recovery:
         self._ask_again_s = ask_again_s
         self.found = RecoverySummary()
         self._cold: list[Actor] = []
+        self._left_alone: list[str] = []
         self._log = get_logger()
 
     async def run(self) -> RecoverySummary:
@@ -75,12 +76,12 @@ class Recovery:
         await asyncio.gather(
             *(self._within_deadline(record, handles.get(record.spec.uid)) for record in records),
             *(self._destroy_orphan(handle) for handle in orphans),
-            *(self._leave_alone(record, handles.get(record.uid)) for record in unreadable),
+            *(self._leave_alone(record, handles.get(record.uid) or record.handle) for record in unreadable),
         )
         actors = self._node.actors
-        await self._context.memory.restore_limits(
-            actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
-        )
+        frozen = [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
+        # Those left alone keep what is noted of them, and may be frozen.
+        await self._context.memory.restore_limits([*actors, *self._left_alone], [*frozen, *self._left_alone])
         for actor in self._cold:  # last: the instances found awake hold their GPUs by now
             actor.handle(ev.Created())
         return self.found
@@ -250,28 +251,53 @@ class Recovery:
             self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
 
     async def _leave_alone(self, record: UnreadableRecord, handle: Handle | None) -> None:
-        """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone."""
-        if handle is None or not await self._context.runtime.alive(handle):
-            if handle is not None:
-                await self._context.remove(handle)
-            await self._forget_record(record.uid)
-            self.found.gone += 1
-            self._context.events.add(record.uid, "instance.gone", "it ended while its record could not be read")
-            return
-        shown = await self._node.broker.gpus_of(set(await self._context.runtime.pids(handle)))
+        """Keep others off the GPUs of an instance whose record can't be read. Forget it once its processes are gone. A
+        failure never ends the recovery of the others: the next start tries again."""
+        problem = record.problem
+        uuids: Sequence[str] = record.gpu_uuids
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                if await self._forget_ended(record.uid, handle):
+                    return
+                shown = await self._gpus_in_use(handle)
+                uuids = uuids if shown is None else shown
+        except TimeoutError:
+            problem += f"; it could not be looked at within {self._deadline_s:g} s"
+        except Exception as error:
+            if not isinstance(error, HibernodeError):
+                self._log.exception("recovery.crashed", instance=record.uid)
+            problem += f"; it could not be looked at: {error}"
         self._node.broker.cordon(
             record.uid,
-            [uuid for uuid in (record.gpu_uuids if shown is None else shown) if uuid in self._known_gpus],
+            [uuid for uuid in uuids if uuid in self._known_gpus],
             f"INSTANCE_UNREADABLE: {record.uid} runs on it, and its record can't be read",
             source=record.uid,
             lasting=True,
         )
+        self._left_alone.append(record.uid)
         self.found.unreadable += 1
         text = (
-            f"its record can't be read ({record.problem}), so it is left alone, unused and unbilled; install the "
+            f"its record can't be read ({problem}), so it is left alone, unused and unbilled; install the "
             "version that wrote it, or kill its processes and restart the agent"
         )
         self._context.events.add(record.uid, "instance.record_unreadable", text)
+
+    async def _forget_ended(self, uid: str, handle: Handle | None) -> bool:
+        """Forget an instance whose record can't be read if its processes are gone; returns whether they are."""
+        if handle is not None:
+            if await self._context.runtime.alive(handle):
+                return False
+            await self._context.remove(handle)
+        await self._forget_record(uid)
+        self.found.gone += 1
+        self._context.events.add(uid, "instance.gone", "it ended while its record could not be read")
+        return True
+
+    async def _gpus_in_use(self, handle: Handle | None) -> Sequence[str] | None:
+        """The GPUs that NVML shows its processes on; None if it does not answer."""
+        if handle is None:
+            return ()
+        return await self._node.broker.gpus_of(set(await self._context.runtime.pids(handle)))
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
         """Kill and clean up; returns whether that succeeded. If not, its GPUs are cordoned: it may still use them."""

@@ -6,6 +6,7 @@ wait is bounded on both sides: for a connection, a statement, a lock, and a peer
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from typing import Any
 
@@ -56,6 +57,22 @@ def engine_of(url: str, **pool: Any) -> sa.Engine:
     except (sa.exc.ArgumentError, ValueError) as error:
         problem = f"is no SQLAlchemy URL ({type(error).__name__})"
     raise ConfigError("DATABASE_INVALID", f"`database` {problem}; fix it in scheduler.yaml")
+
+
+def make_private(engine: sa.Engine) -> None:
+    """Create SQLite's file for its owner alone; one that is there, say copied back from a backup, becomes private.
+
+    A file that is there is not opened: a process that closes any descriptor of a file loses all its locks on it
+    (POSIX), those of SQLite's connections too. The next program to look into the database would then take it for
+    unused, and remove the write-ahead log, with all that is written to it afterwards.
+    """
+    path = engine.url.database
+    if engine.dialect.name != "sqlite" or not path:
+        return
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        os.chmod(path, 0o600)
 
 
 def failed(engine: sa.Engine, what: str, problem: BaseException | str) -> UnavailableError:

@@ -6,17 +6,15 @@ secrets included: only its owner can read the file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from agent.core.errors import UnavailableError
-from agent.scheduler.database.engine import engine_of, text_type
+from agent.scheduler.database.engine import engine_of, make_private, text_type
 from agent.scheduler.database.thread import DatabaseThread
 
 DEADLINE_S = 10.0
@@ -111,7 +109,9 @@ class Store:
     async def functions(self) -> list[FunctionRow]:
         """All functions, those being deleted included, by name."""
         rows = await self._rows(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name))
-        return [FunctionRow(**row) for row in rows]
+        return [
+            FunctionRow(**{**row, "spec": _bytes(row["spec"]), "triggers": _bytes(row["triggers"])}) for row in rows
+        ]
 
     async def put_function(self, row: FunctionRow, provision: bytes | None = None) -> None:
         """Insert or replace a function; durable on return. `provision`: its schedule and policies, a serialised
@@ -166,7 +166,7 @@ class Store:
     async def provision_configs(self) -> dict[str, bytes]:
         """Serialised v1.ProvisionConfig by function, for functions with a schedule or policies."""
         rows = await self._rows(sa.select(_PROVISION.c.function, _PROVISION.c.config))
-        return {row["function"]: bytes(row["config"]) for row in rows}
+        return {row["function"]: _bytes(row["config"]) for row in rows}
 
     async def last_targets(self) -> dict[str, int]:
         """By function."""
@@ -197,9 +197,11 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     def _open(self) -> None:
-        path = self._engine.url.database
-        if self._engine.dialect.name == "sqlite" and path:
-            database = os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            os.fchmod(database, 0o600)  # one copied back from a backup too
-            os.close(database)
+        make_private(self._engine)
         _METADATA.create_all(self._engine)
+
+
+def _bytes(value: object) -> bytes:
+    """A stored message. SQLite's columns hold values of any type: one that is not bytes is a message that can't be
+    read."""
+    return bytes(value) if isinstance(value, bytes | memoryview) else b"\xff"

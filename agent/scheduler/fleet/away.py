@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.billing.absence import Absence
+from agent.core.billing.absence import NO_END_NS, Absence
 from agent.core.types import SECOND_NS
 
 SETTLE_NS = SECOND_NS
@@ -16,6 +16,13 @@ class Away:
         self._since_ns = since_ns
         self._back_ns: int | None = None
         self._ahead_ns: int | None = None
+
+    def heard_nothing_since(self, boot_id: str, ahead_ns: int | None) -> Absence | None:
+        """The absence in the boot in which the node was last heard, by how far its clock was ahead then; None if that
+        is not known. It has this one too if the host is rebooted before it is back."""
+        if not boot_id or ahead_ns is None:
+            return None
+        return Absence(boot_id, self._since_ns + ahead_ns, NO_END_NS)
 
     def silent_again(self) -> None:
         """The node was given up again before the end was measured: the absence goes on."""

@@ -50,6 +50,7 @@ class NodeRecord:
     - `synced`: no message of the stream has been missed since its last snapshot.
     - `all_reported`: its agent has reported all of its instances. `seen`: those named since the stream's last snapshot.
     - `load`: its last heartbeat; `load_ns`: when that came (monotonic ns).
+    - `ahead_ns`: how far its clock (CLOCK_MONOTONIC) is ahead of the scheduler's, by its last message; None: unknown.
     - `away`: the time for which it is given up, until that is measured (away.py). `giving_up`: it is being noted that
       the node is given up; it is LOST after that.
     - `idle_since`: by uid, when the instance had its last request (monotonic ns), as its agent reported.
@@ -74,6 +75,7 @@ class NodeRecord:
     seen: set[str] = field(default_factory=set)
     idle_since: dict[str, int] = field(default_factory=dict)
     opening: dict[int, str] = field(default_factory=dict)
+    ahead_ns: int | None = None
     away: Away | None = None
     giving_up: bool = False
 
@@ -94,14 +96,15 @@ class Fleet:
         lost_ns: int,
         first_seen: Callable[[str], None] = lambda _: None,
         insecure: bool = False,
-        note_absence: Callable[[str], None] | None = None,
+        note_absence: Callable[[str, Absence | None], None] | None = None,
         returned: Callable[[str, Absence | None], None] = lambda name, absence: None,
     ) -> None:
         """
         - `apply_event`: sends an event to the dispatcher. `changed`: called after a change that concerns provisioning.
         - `first_seen`: gets the name of a node at its first registration ever, to store it.
-        - `note_absence`: is asked to make durable that a node is given up, and to call `give_up` then; None gives it up
-          at once. `returned` gets the absence once the node is back, None if it cannot be dated.
+        - `note_absence`: is asked to make durable that a node is given up, with the absence in the boot in which it was
+          last heard, and to call `give_up` then; None gives it up at once. `returned` gets the absence
+          once the node is back, None if it cannot be dated.
         - `insecure`: accept addresses on other machines, although tokens travel there in clear text.
         """
         self._clock = clock
@@ -110,7 +113,7 @@ class Fleet:
         self._changed = changed
         self._first_seen = first_seen
         self._insecure = insecure
-        self._note_absence = note_absence or self.give_up
+        self._note_absence = note_absence or (lambda name, absence: self.give_up(name))
         self._returned = returned
         self._suspect_ns = suspect_ns
         self._lost_ns = lost_ns
@@ -155,6 +158,7 @@ class Fleet:
         elif not node.registration.ingress_address or message.epoch != node.epoch:
             raise InvalidArgumentError("REGISTRATION_MISSING", "the first message of a load stream must register")
         node.last_heard_ns, node.last_heard_wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
+        node.ahead_ns = message.monotonic_ns - node.last_heard_ns if message.monotonic_ns else None
         if node.away is not None and node.away.heard(node.last_heard_ns, message.monotonic_ns):
             absence, node.away = node.away.absence(node.registration.boot_id), None
             self._returned(name, absence)
@@ -207,7 +211,7 @@ class Fleet:
             node.away = Away(now)
         else:
             node.away.silent_again()
-        self._note_absence(node.name)
+        self._note_absence(node.name, node.away.heard_nothing_since(node.registration.boot_id, node.ahead_ns))
 
     def give_up(self, name: str) -> None:
         """Mark a silent node LOST: its instances are replaced. Nothing happens if it was heard meanwhile."""

@@ -26,12 +26,14 @@ class GpuCheck:
         """
         if not spec.gpu.count:
             return []
-        nodes = [node for node in self._fleet.nodes() if _matches(spec, node)]
-        known = [_gpus(node) for node in nodes if _registered(node)]
+        nodes = self._fleet.nodes()
+        labels = ", ".join(f"{key}={value}" for key, value in spec.node_labels)
+        known = [_gpus(node) for node in nodes if _registered(node) and _has_labels(spec, node)]
         unknown = [node.name for node in nodes if not _registered(node)]
         if not known:
-            return ["no node has registered yet, so that GPU type and memory are not checked"]
-        why = misfit(spec.gpu, known, "the fleet")
+            with_labels = f" with {labels}" if any(map(_registered, nodes)) else ""
+            return [f"no node{with_labels} has registered yet, so that GPU type and memory are not checked"]
+        why = misfit(spec.gpu, known, f"the part of the fleet with {labels}" if labels else "the fleet")
         if why and runs and not unknown:
             raise PreconditionError(NO_SUCH_GPU, f"{spec.name}: {why}", function=spec.name)
         if not why:
@@ -40,10 +42,9 @@ class GpuCheck:
         return [f"{why} (not refused: {_names(unknown)} may have it)" if unknown and runs else why]
 
 
-def _matches(spec: FunctionSpec, node: NodeRecord) -> bool:
-    """Whether the node has the function's labels, or is not known yet."""
+def _has_labels(spec: FunctionSpec, node: NodeRecord) -> bool:
     labels = node.registration.labels
-    return not _registered(node) or all(labels.get(key) == value for key, value in spec.node_labels)
+    return all(labels.get(key) == value for key, value in spec.node_labels)
 
 
 def _registered(node: NodeRecord) -> bool:

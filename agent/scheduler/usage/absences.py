@@ -3,13 +3,16 @@
 An absence is durable before the node counts as lost, and so before anything is created in its place. It is complete
 once the node is back. Until then the collector takes no windows of the node, as it is not known which are billed. Both
 survive a kill of the scheduler at any time: an absence without an end goes on until the next return.
+
+If the host was rebooted meanwhile, there are two: in the boot in which it was last heard, to the end of that boot, and
+in the one in which it came back.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
 import sqlalchemy as sa
 
@@ -35,24 +38,34 @@ class Absences:
         """Since when (wall ns) each node that has not come back is given up. Raises UnavailableError."""
         return await self._database.run(self._unfinished)
 
-    async def begin(self, node: str, since_wall_ns: int) -> None:
-        """Note that a node is given up from now on, unless that is noted already."""
+    async def begin(self, node: str, since_wall_ns: int, absence: Absence | None = None) -> None:
+        """Note that a node is given up from now on, unless that is noted already. `absence`: in the boot in which it
+        was last heard."""
 
         def write(connection: sa.Connection) -> None:
             if connection.execute(sa.select(ABSENCES.c.node).where(ABSENCES.c.node == node, _OPEN)).first() is None:
                 _put(connection, node, since_wall_ns, Absence("", 0, 0))
+                if absence is not None:
+                    _put(connection, node, since_wall_ns, absence)
 
         await self._write(node, write)
 
     async def end(self, node: str, wall_ns: int, absence: Absence | None) -> None:
         """Note for how long the node was given up; None = it cannot be said, and nothing is left out of its bill."""
 
-        def write(connection: sa.Connection) -> None:
+        def write(connection: sa.Connection, absence: Absence | None = absence) -> None:
             of_node = sa.and_(ABSENCES.c.node == node, _OPEN)
             since = connection.execute(sa.select(ABSENCES.c.since_wall_ns).where(of_node)).scalar()
             connection.execute(sa.delete(ABSENCES).where(of_node))
-            if absence is not None:
-                _put(connection, node, wall_ns if since is None else since, absence)
+            began = wall_ns if since is None else since
+            if absence is None:
+                connection.execute(sa.delete(ABSENCES).where(_of(node, began)))
+                return
+            noted = sa.and_(_of(node, began), ABSENCES.c.boot_id == absence.boot_id)
+            start_ns = connection.execute(sa.select(ABSENCES.c.from_mono_ns).where(noted)).scalar()
+            if start_ns is not None:  # in the same boot: noted then, so that no step of a clock has moved it
+                absence = replace(absence, start_mono_ns=int(start_ns))
+            _put(connection, node, began, absence)
 
         await self._write(node, write)
 
@@ -88,8 +101,8 @@ def absences_of(connection: sa.Connection, node: str, boot_ids: Iterable[str]) -
 
 
 def _put(connection: sa.Connection, node: str, since_wall_ns: int, absence: Absence) -> None:
-    key: Any = sa.and_(ABSENCES.c.node == node, ABSENCES.c.since_wall_ns == since_wall_ns)
-    connection.execute(sa.delete(ABSENCES).where(key))
+    same = sa.and_(_of(node, since_wall_ns), ABSENCES.c.boot_id == absence.boot_id)
+    connection.execute(sa.delete(ABSENCES).where(same))
     connection.execute(
         sa.insert(ABSENCES).values(
             node=node,
@@ -99,3 +112,7 @@ def _put(connection: sa.Connection, node: str, since_wall_ns: int, absence: Abse
             to_mono_ns=absence.end_mono_ns,
         )
     )
+
+
+def _of(node: str, since_wall_ns: int) -> sa.ColumnElement[bool]:
+    return sa.and_(ABSENCES.c.node == node, ABSENCES.c.since_wall_ns == since_wall_ns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from agent.core.billing.window import UsageWindow
 from agent.core.errors import InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.database.engine import engine_of
+from agent.scheduler.database.engine import engine_of, make_private
 from agent.scheduler.database.thread import DatabaseThread
 from agent.scheduler.usage.absences import absences_of
 from agent.scheduler.usage.tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
@@ -78,9 +77,7 @@ class UsageDatabase(DatabaseThread):
         await self.run(self._open)
 
     def _open(self) -> None:
-        path = self.engine.url.database
-        if self.engine.dialect.name == "sqlite" and path:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        make_private(self.engine)
         USAGE_METADATA.create_all(self.engine)
 
 

@@ -43,7 +43,9 @@ class UsageRetention:
         before = self._clock.wall_ns() - self._keep_ns
         deleted = 0
         conflict = (CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest)
-        absence, ended = (ABSENCES.c.node, ABSENCES.c.since_wall_ns), ABSENCES.c.boot_id != ""
+        absence = (ABSENCES.c.node, ABSENCES.c.since_wall_ns, ABSENCES.c.boot_id)
+        away = sa.select(ABSENCES.c.node).where(ABSENCES.c.boot_id == "")
+        ended = ABSENCES.c.node.not_in(away)
         for table, key, time, *only in (
             (WINDOWS, (WINDOWS.c.instance_uid, WINDOWS.c.seq), WINDOWS.c.start_wall_ns),
             (CONFLICTS, conflict, CONFLICTS.c.received_wall_ns),

@@ -50,16 +50,16 @@ CONFLICTS = sa.Table(
 )
 
 ABSENCES = sa.Table(
-    "node_absences",
+    "absences",
     USAGE_METADATA,
     sa.Column("node", text_type(), primary_key=True),
     sa.Column("since_wall_ns", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("boot_id", text_type(), nullable=False),
+    sa.Column("boot_id", text_type(), primary_key=True),
     sa.Column("from_mono_ns", sa.BigInteger, nullable=False),
     sa.Column("to_mono_ns", sa.BigInteger, nullable=False),
 )
 """When nodes were given up (absences.py). `since_wall_ns` is the scheduler's time, the others the node's; without a
-boot it has no end yet."""
+boot it has no end yet, and `to_mono_ns` of a boot that ended meanwhile is `NO_END_NS`."""
 
 WINDOW_COLUMNS = tuple(WINDOWS.c[field.name] for field in fields(UsageWindow))
 

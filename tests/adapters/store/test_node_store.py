@@ -126,6 +126,7 @@ async def test_a_closed_store_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "gpus"),
     [
+        ("17", ()),
         ("CAST('{}' AS BLOB)", ()),
         ("CAST('{\"gpu' AS BLOB)", ()),
         ("CAST(x'ff00' AS BLOB)", ()),
@@ -143,6 +144,7 @@ async def test_a_record_that_cannot_be_read_takes_no_other_with_it(
     assert list(await store.load_instances()) == [record("i-ocr-2")]
     (lost,) = await store.unreadable_instances()
     assert (lost.uid, lost.gpu_uuids) == ("i-ocr-1", gpus)
+    assert lost.handle == (record().handle if gpus else None)
     assert "large" not in lost.problem, "no value of the environment"
     await store.close()
 
@@ -160,6 +162,17 @@ async def test_a_row_of_the_ledger_that_cannot_be_read_takes_no_other_with_it(tm
     with sqlite3.connect(tmp_path / FILE_NAME) as other_program:
         assert other_program.execute("SELECT active_ns FROM windows").fetchall() == [("x",)], "it stays in the file"
     other_program.close()
+    await store.close()
+
+
+async def test_many_rows_of_the_ledger_that_cannot_be_read_keep_no_other_from_the_upload(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path)
+    await store.upsert_windows([*(window(seq=seq) for seq in range(5)), window("i-ocr-2")])
+    for seq in range(5):
+        _change(tmp_path, f"UPDATE windows SET active_ns = 'x' WHERE instance_uid = 'i-ocr-1' AND seq = {seq}")
+    assert list(await store.unacknowledged(2)) == [window("i-ocr-2")]
+    await store.acknowledge([("i-ocr-2", 0)])
+    assert list(await store.unacknowledged(2)) == []
     await store.close()
 
 

@@ -80,6 +80,12 @@ def test_defaults_are_function_computes(tmp_path: Path) -> None:
     assert found.warnings == ()
 
 
+@pytest.mark.parametrize("written_as", ["4090", "4090.0", "'4090'", "2080 Ti"])
+def test_a_gpu_type_may_be_the_number_of_a_model(tmp_path: Path, written_as: str) -> None:
+    found = load(tmp_path, f"gpuConfig: {{gpuType: {written_as}}}\n")
+    assert found.function.gpu.gpu_type == written_as.strip("'")
+
+
 def test_every_supported_key(tmp_path: Path) -> None:
     props = """\
     cpu: 1.5

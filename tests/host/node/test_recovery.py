@@ -12,7 +12,7 @@ import pytest
 from agent.core.errors import InstanceError, UnavailableError
 from agent.core.instance_record import UnreadableRecord
 from agent.core.lifecycle import events as ev
-from agent.core.types import SECOND_NS, Exit, Hook, Hooks, InstanceState
+from agent.core.types import SECOND_NS, Exit, Handle, Hook, Hooks, InstanceState
 from agent.host.instance.actor import Actor
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, NodeRig, enter, eventually, hangs, node_rig, until
@@ -353,12 +353,12 @@ async def test_ended_instance_is_forgotten_while_its_engine_is_down() -> None:
         assert "instance.gone" in rig.names(actor.uid)
 
 
-async def lose_record(rig: NodeRig, uid: str) -> None:
-    """The next agent can't read the instance's record."""
+async def lose_record(rig: NodeRig, uid: str, handle: Handle | None = None) -> None:
+    """The next agent can't read the instance's record, but for its `handle`."""
     await rig.billing.flush()
     await rig.kill_agent()
     gone = rig.store._records.pop(uid)
-    rig.store.unreadable[uid] = UnreadableRecord(uid, gone.gpu_uuids, "Invalid enum value 'DREAM'")
+    rig.store.unreadable[uid] = UnreadableRecord(uid, gone.gpu_uuids, "Invalid enum value 'DREAM'", handle)
     await rig.boot()
 
 
@@ -390,6 +390,34 @@ async def test_an_instance_whose_record_cannot_be_read_is_left_alone(nvml_answer
         assert sum(one.idle_ns + one.active_ns for one in windows if one.estimated) == 0, "nothing is billed meanwhile"
 
 
+async def test_an_instance_whose_bundle_cannot_be_read_either_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version wrote both. Its process is still known by what the record tells."""
+    async with node_rig() as rig:
+        lost = await rig.running()
+        await lose_record(rig, lost.uid, rig.runtime.containers[lost.uid].handle)
+
+        async def none() -> list[Handle]:
+            return []
+
+        monkeypatch.setattr(rig.runtime, "list_handles", none)
+        found = await rig.recover()
+        assert (found.unreadable, found.gone) == (1, 0)
+        assert list(await rig.store.unreadable_instances()), "the record stays"
+
+
+async def test_a_frozen_instance_that_is_left_alone_keeps_its_raised_limit_and_the_size_of_its_image() -> None:
+    """The version that can read its record wakes it."""
+    async with node_rig() as rig:
+        uid = (await rig.frozen()).uid
+        rig.memory.raised[uid] = 1 << 30
+        image = rig.memory.noted_image(uid)
+        await lose_record(rig, uid)
+        found = await rig.recover()
+        assert found.unreadable == 1
+        assert rig.memory.limit_raised(uid)
+        assert rig.memory.noted_image(uid) == image is not None
+
+
 async def test_a_record_that_cannot_be_read_goes_with_its_processes() -> None:
     async with node_rig() as rig:
         lost = await rig.running()
@@ -398,3 +426,27 @@ async def test_a_record_that_cannot_be_read_goes_with_its_processes() -> None:
         found = await rig.recover()
         assert (found.gone, found.unreadable) == (1, 0)
         assert list(await rig.store.unreadable_instances()) == []
+
+
+@pytest.mark.parametrize("error", [UnavailableError("ENGINE_FAILED", "device busy"), OSError("no space"), None])
+async def test_a_record_that_cannot_be_read_and_whose_remains_cannot_be_removed_ends_no_recovery(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error, or no answer within the deadline."""
+    async with node_rig() as rig:
+        lost, other = await rig.running(), await rig.running()
+        await lose_record(rig, lost.uid)
+        rig.runtime.containers[lost.uid].ended.set_result(Exit(code=0))
+
+        async def destroy(_: object) -> None:
+            if error is not None:
+                raise error
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(rig.runtime, "destroy", destroy)
+        found = await rig.recover(deadline_s=0.05)
+        assert (found.gone, found.unreadable) == (0, 1)
+        assert set(rig.node.actors) == {other.uid}
+        cordoned = {uuid for uuid, device in rig.node.broker.allocator.devices.items() if device.cordons}
+        assert cordoned == set(lost.gpu_uuids)
+        assert list(await rig.store.unreadable_instances()), "the next start tries again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from agent.event_log import EventLog
 from agent.scheduler.database.store import FunctionRow, Store
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.usage.collector import UsageDatabase
 from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
 from agent.v1.types_pb2 import FunctionSpec
 from tests.fakes.clock import FakeClock
@@ -184,3 +186,20 @@ async def test_a_disk_that_hangs_is_an_error_by_its_deadline(tmp_path: Path) -> 
     released.set()
     await blocking
     await stuck.close()
+
+
+async def test_a_program_that_looks_into_the_database_does_not_take_its_log_away(tmp_path: Path) -> None:
+    """What is written afterwards survives a SIGKILL: it is in a file that has a name."""
+    path = tmp_path / "scheduler.db"
+    store, usage = Store(f"sqlite:///{path}"), UsageDatabase.at(f"sqlite:///{path}")
+    await store.open()
+    await usage.open()
+    look = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('SELECT name FROM nodes').fetchall())"
+    for nodes in ([], ["gpu-1"], ["gpu-1", "gpu-2"]):
+        for name in nodes:
+            await store.put_node(name, 1)
+        seen = await asyncio.create_subprocess_exec(sys.executable, "-c", look, path, stdout=asyncio.subprocess.PIPE)
+        out, _ = await seen.communicate()
+        assert out.decode().strip() == str([(name,) for name in nodes])
+    await store.close()
+    usage.close()

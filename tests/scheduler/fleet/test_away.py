@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from agent.core.billing.absence import Absence
+from agent.core.billing.absence import NO_END_NS, Absence
 from agent.core.dispatch.events import NodeLost
 from agent.core.dispatch.model import NodeStanding
 from agent.core.types import SECOND_NS
@@ -25,8 +23,9 @@ class Rig:
         self.clock = FakeClock()
         self.lost = 0
         self.noted: list[str] = []
+        self.in_last_boot: list[Absence | None] = []
         self.returned: list[Absence | None] = []
-        note: Callable[[str], None] = self._note if durable else self.noted.append
+        self.durable = durable
         self.fleet = Fleet(
             self.clock,
             EventLog(self.clock),
@@ -34,21 +33,23 @@ class Rig:
             lambda: None,
             3 * SECOND_NS,
             10 * SECOND_NS,
-            note_absence=note,
+            note_absence=self._note,
             returned=lambda _, absence: self.returned.append(absence),
         )
         self.stream = self.sequence = 0
 
-    def _note(self, name: str) -> None:
+    def _note(self, name: str, absence: Absence | None) -> None:
         self.noted.append(name)
-        self.fleet.give_up(name)
+        self.in_last_boot.append(absence)
+        if self.durable:
+            self.fleet.give_up(name)
 
     def _event(self, event: object) -> None:
         self.lost += isinstance(event, NodeLost)
 
-    def connect(self, late_ns: int = 0) -> None:
+    def connect(self, late_ns: int = 0, boot_id: str = "boot-a") -> None:
         self.stream, self.sequence = self.fleet.stream_opened("n1"), 0
-        self.say(late_ns, Registration(boot_id="boot-a", ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))
+        self.say(late_ns, Registration(boot_id=boot_id, ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))
 
     def say(self, late_ns: int = 0, registration: Registration | None = None, *, dated: bool = True) -> None:
         """A message that was under way for `late_ns`."""
@@ -94,6 +95,20 @@ def test_an_absence_lasts_from_the_loss_to_the_return_in_the_clock_of_the_host()
     assert rig.returned == [Absence("boot-a", lost_at, back_at)], "what was under way for long does not move it"
     rig.say()
     assert len(rig.returned) == 1
+
+
+def test_in_the_boot_in_which_it_was_last_heard_an_absence_lasts_to_the_end() -> None:
+    """Whether the host is rebooted before it is back is not known when it is given up."""
+    rig = Rig()
+    rig.connect(late_ns=7 * SECOND_NS)
+    rig.say()
+    rig.silence(10)
+    lost_at = rig.host_ns()
+    rig.connect(boot_id="boot-b")
+    rig.silence(1)
+    rig.say()
+    assert rig.in_last_boot == [Absence("boot-a", lost_at, NO_END_NS)]
+    assert [absence.boot_id for absence in rig.returned if absence is not None] == ["boot-b"]
 
 
 def test_a_short_silence_is_no_absence() -> None:
@@ -174,3 +189,5 @@ def test_an_agent_that_does_not_say_its_time_ends_the_absence_without_a_date() -
     rig.silence(1)
     rig.say(dated=False)
     assert rig.returned == [None]
+    rig.silence(10)
+    assert rig.in_last_boot[-1] is None

@@ -125,9 +125,18 @@ async def test_only_nodes_with_the_labels_of_the_function_count_and_no_gpu_in_mi
     rig.join("gpu-2", "Tesla T4", 15360, labels={"zone": "b"})
     rig.join("gpu-3", "NVIDIA B200", 183359, mig=True)
     assert await rig.deploy(HUGE) == []
-    with pytest.raises(PreconditionError, match="the largest is Tesla T4 with 16 GiB"):
+    with pytest.raises(PreconditionError) as caught:
         await rig.deploy(HUGE, labels={"zone": "b"})
+    assert "the part of the fleet with zone=b has no GPU with 100 GiB" in caught.value.message
+    assert "the largest is Tesla T4 with 16 GiB" in caught.value.message
     assert "the largest is NVIDIA H200 with 141 GiB" in await rig.refusal(150 * GIB)
+
+
+async def test_labels_that_no_node_has_are_what_the_warning_names(rig: Rig) -> None:
+    rig.join("gpu-1", "NVIDIA H200", 143771)
+    assert await rig.deploy(HUGE, labels={"rack": "7", "zone": "b"}) == [
+        "no node with rack=7, zone=b has registered yet, so that GPU type and memory are not checked"
+    ]
 
 
 async def test_types_mean_what_the_nodes_say(rig: Rig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,27 @@ async def test_a_damaged_function_keeps_its_instances_until_it_is_deployed_again
     assert (len(again.uids()), again.reason()) == (1, "")
     assert {load.request_id for load in again.loads.values()} == {"ocr/2/0/1"}, "of the next revision"
     await store.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("UPDATE functions SET spec = 'text'", "FUNCTION_UNREADABLE"),
+        ("UPDATE functions SET triggers = 5", "FUNCTION_UNREADABLE"),
+        ("UPDATE provision_configs SET config = 'text'", "PROVISION_UNREADABLE"),
+    ],
+)
+async def test_a_value_that_is_not_even_bytes_keeps_no_scheduler_from_starting(
+    rig: Rig, store: Store, tmp_path: Path, damage: str, reason: str
+) -> None:
+    """SQLite's columns hold values of any type."""
+    await rig.deploy(target=1)
+    await rig.put(1, scheduled_actions=[action("west", 1)])
+    with sqlite3.connect(tmp_path / "scheduler.db") as other:
+        assert other.execute(damage).rowcount == 1
+    other.close()
+    again = await rig.restarted(store)
+    assert (await again.listed())[0].current_error_reason == reason
 
 
 async def test_a_damaged_function_can_be_deleted(tmp_path: Path) -> None:

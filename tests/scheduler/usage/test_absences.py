@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from agent.core.billing.absence import Absence
+from agent.core.billing.absence import NO_END_NS, Absence
 from agent.core.errors import UnavailableError
 from agent.scheduler.usage import absences as module
 from agent.scheduler.usage.absences import Absences
@@ -47,6 +47,42 @@ async def test_other_nodes_and_other_boots_are_billed(collector: UsageCollector,
     await kept.end("gpu-8", SINCE, Absence("boot-a", 0, 900))
     await collector.accept(NODE, [window()])
     assert await UsageReports(database).windows() == [window()]
+
+
+async def test_a_host_rebooted_while_it_was_given_up_is_not_billed_for_the_boot_before(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    """It was cut off and went on, and what it metered meanwhile is uploaded after the reboot."""
+    kept = Absences(database)
+    await kept.begin(NODE, SINCE, Absence("boot-a", 150, NO_END_NS))
+    await kept.end(NODE, SINCE + 900, Absence("boot-b", -700, 200))
+    later = replace(window("i-ocr-2"), boot_id="boot-b", start_mono_ns=200, end_mono_ns=300)
+    await collector.accept(NODE, [*(window(seq=seq) for seq in range(4)), later])
+    stored = await UsageReports(database).windows()
+    assert [(w.instance_uid, w.unbilled_ns) for w in stored] == [
+        *(("i-ocr-1", unbilled_ns) for unbilled_ns in (0, 50, 100, 100)), ("i-ocr-2", 0),
+    ]  # fmt: skip
+
+
+async def test_a_step_of_the_wall_clock_while_the_scheduler_was_down_does_not_move_the_beginning(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    await Absences(database).begin(NODE, SINCE, Absence("boot-a", 150, NO_END_NS))
+    await Absences(database).end(NODE, SINCE + 900, Absence("boot-a", 240, 250))
+    await collector.accept(NODE, [window(seq=seq) for seq in range(4)])
+    assert [w.unbilled_ns for w in await UsageReports(database).windows()] == [0, 50, 50, 0]
+
+
+@pytest.mark.parametrize("end", [Absence("boot-a", 150, 250), None])
+async def test_without_a_reboot_the_boot_before_is_billed_again_after_the_return(
+    collector: UsageCollector, database: UsageDatabase, end: Absence | None
+) -> None:
+    kept = Absences(database)
+    await kept.begin(NODE, SINCE, Absence("boot-a", 150, NO_END_NS))
+    await kept.end(NODE, SINCE + 900, end)
+    await collector.accept(NODE, [window(seq=seq) for seq in range(4)])
+    stored = await UsageReports(database).windows()
+    assert [w.unbilled_ns for w in stored] == ([0, 50, 50, 0] if end else [0, 0, 0, 0])
 
 
 async def test_nothing_is_taken_of_a_node_that_is_given_up_until_it_is_back(
@@ -106,8 +142,8 @@ async def test_absences_are_kept_as_long_as_usage_and_without_an_end_for_ever(da
     now = clock.wall_ns()
     await kept.end(NODE, now - 2_000, Absence("boot-a", 0, 50))
     await kept.end(NODE, now - 10, Absence("boot-a", 60, 70))
-    await kept.begin("gpu-8", now - 3_000)
+    await kept.begin("gpu-8", now - 3_000, Absence("boot-a", 150, NO_END_NS))
     assert await UsageRetention(database, clock, 1_000).prune() == 1
     with database.engine.connect() as connection:
         left = connection.execute(sa.select(ABSENCES.c.since_wall_ns)).scalars().all()
-    assert sorted(left) == [now - 3_000, now - 10]
+    assert sorted(left) == [now - 3_000, now - 3_000, now - 10]
